@@ -1,0 +1,587 @@
+"""EZ-CLIP in one file: CLIP's ViT adapted to zero-shot video action recognition.
+
+Paper: "EZ-CLIP: Efficient Zeroshot Video Action Recognition", arXiv 2312.08010 (its successor T2L is
+the same method). CLIP stays frozen; temporal prompts, adapters and a motion loss are what is new.
+
+    from ezclip import EZCLIP, contrastive_loss, motion_loss
+    model = EZCLIP.from_pretrained("ViT-B/16", num_frames=8)      # or a weights file on disk
+    model.freeze_backbone()                                       # 5204736 trainable parameters
+    video = torch.randint(256, (2, 8, 3, 224, 224)).byte()        # (B, T, 3, H, W), RGB
+    tokens = clip_tokenizer.tokenize(["archery", "juggling balls"])               # (N, 77)
+    frames, texts = model.encode_frames(video), model.encode_text(tokens)         # (B, T, E), (N, E)
+    logits = model.similarity(frames.mean(1), texts)              # (B, N), = model(video, tokens)
+    loss = contrastive_loss(logits, torch.tensor([0, 1])) + motion_loss(frames)
+
+Departures from the official code (github.com/Shahzadnit/EZ-CLIP); none changes an evaluation but
+that of the temporal adapter:
+  - Drop-path drops a branch for a whole clip (or text). The official mask lies along dimension 0,
+    which there is the token dimension: it drops token positions for the whole batch.
+  - The temporal adapter's result returns to its own video. Officially it comes back in (T, B) order
+    into a (B, T) batch: the videos of a batch leak into each other. With one video the two agree.
+  - The text tower's dropout rates are its own linspace, not the first entries of the vision tower's.
+  - Weights are fp32. Officially they go through fp16 after every step, without loss scaling.
+  - The variance of a single frame counts as 0 in the motion loss, not as NaN.
+  - `visual.temporal_embedding`, zero and frozen in every official checkpoint, does not exist.
+
+Letters: B videos, T frames, L tokens (of a frame: 1 class token + patches), D width, H heads, E
+embed_dim, N texts. Parameters that CLIP has are named as in OpenAI's state dict, so that its files
+load without a table of names.
+"""
+
+import hashlib
+import math
+import os
+import pickle
+import re
+import zipfile
+from collections import OrderedDict
+from dataclasses import dataclass, fields
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Config:
+    """Sizes and switches of a model; the defaults are ViT-B/16 with the paper's settings.
+
+    prompts: "deep" (in every layer), "shallow" (in layer 0) or "none"; with "none" and fresh
+    adapters the model is CLIP, frame by frame. activation: "quick_gelu", or "gelu" for the models
+    trained by open_clip (no weight tells which). The rates are those of the last layer and grow
+    linearly from 0 in the first, but for prompt_dropout. Raises ValueError for a bad value.
+    """
+    embed_dim: int = 512
+    image_size: int = 224
+    patch_size: int = 16
+    vision_width: int = 768         # heads are width / 64, in both towers
+    vision_layers: int = 12
+    context_length: int = 77
+    vocab_size: int = 49408
+    text_width: int = 512
+    text_layers: int = 12
+    activation: str = "quick_gelu"
+    num_frames: int = 8
+    prompts: str = "deep"
+    adapters: bool = True
+    temporal_adapter: bool = False  # the ablation of the official code, meant for prompts="none"
+    drop_path: float = 0.1
+    attention_dropout: float = 0.1
+    prompt_dropout: float = 0.1
+
+    def __post_init__(self):
+        allowed = {"activation": ("quick_gelu", "gelu"), "prompts": ("deep", "shallow", "none")}
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.type is int and value < 1:
+                raise ValueError(f"{field.name} must be at least 1, not {value}")
+            if field.type is float and not 0 <= value < 1:
+                raise ValueError(f"{field.name} must lie in [0, 1), not {value}")
+            if value not in allowed.get(field.name, (value,)):
+                raise ValueError(f"{field.name} must be one of {allowed[field.name]}, not {value!r}")
+        if self.image_size % self.patch_size:
+            raise ValueError(f"image_size {self.image_size} is no multiple of {self.patch_size}")
+
+
+class QuickGELU(nn.Module):
+    """x * sigmoid(1.702 x), the activation of OpenAI's weights."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    def __init__(self, width, dropout, causal):
+        super().__init__()
+        self.heads = max(1, width // 64)
+        if width % self.heads:
+            raise ValueError(f"width {width} is no multiple of its {self.heads} heads")
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        self.dropout, self.causal = dropout, causal
+
+    def forward(self, x, queries=None):
+        """(N, L, D) -> (N, queries, D): only the first `queries` tokens (default: all) ask."""
+        N, L, D = x.shape
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(N, L, 3, self.heads, -1)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, L, D/H)
+        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v, is_causal=self.causal,
+                                           dropout_p=self.dropout if self.training else 0.0)
+        return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width, activation):
+        super().__init__()
+        self.c_fc = nn.Linear(width, 4 * width)
+        self.activation = QuickGELU() if activation == "quick_gelu" else nn.GELU()
+        self.c_proj = nn.Linear(4 * width, width)
+
+    def forward(self, x):
+        return self.c_proj(self.activation(self.c_fc(x)))
+
+
+class Adapter(nn.Module):
+    """D -> D/4 -> D, without a skip connection; fc2 starts at zero and so does the result."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.fc1 = nn.Linear(width, width // 4)
+        self.fc2 = nn.Linear(width // 4, width)
+        nn.init.zeros_(self.fc2.weight)
+        nn.init.zeros_(self.fc2.bias)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """CLIP's block with the temporal prompt before its attention and the adapter after it."""
+
+    def __init__(self, width, config, causal, depth):  # depth: 0 for the first layer, 1 for the last
+        super().__init__()
+        self.attn = Attention(width, depth * config.attention_dropout, causal)
+        self.ln_1 = nn.LayerNorm(width)
+        self.mlp = MLP(width, config.activation)
+        self.ln_2 = nn.LayerNorm(width)
+        self.adapter = Adapter(width) if config.adapters else None
+        self.temporal_adapter = Adapter(width) if config.temporal_adapter and not causal else None
+        self.drop_rate = depth * config.drop_path
+
+    def drop_path(self, x, num_clips):
+        """Drop the whole of a clip's branch, all of its frames together."""
+        if not self.training or self.drop_rate == 0:
+            return x
+        keep = x.new_empty(num_clips, 1).bernoulli_(1 - self.drop_rate) / (1 - self.drop_rate)
+        return (x.reshape(num_clips, -1) * keep).view_as(x)
+
+    def forward(self, x, num_frames, prompt=None):
+        """x: (B*T, L, D), the frames of a video adjacent (texts: T = 1); prompt: (T, D) or None."""
+        (BT, L, D), T = x.shape, num_frames
+        B = BT // T
+        if self.temporal_adapter is not None:
+            y = x.view(B, T, L, D).transpose(1, 2).reshape(B * L, T, D)
+            y = self.temporal_adapter(self.attn(self.ln_1(y))).view(B, L, T, D)
+            x = x + self.drop_path(y.transpose(1, 2).reshape(BT, L, D), B)
+        tokens = x
+        if prompt is not None:  # one more token per frame, which has seen the other frames
+            z = prompt + x.mean(1).view(B, T, D)
+            z = self.drop_path(self.attn(self.ln_1(z)), B)
+            tokens = torch.cat([x, z.view(BT, 1, D)], dim=1)  # (B*T, L+1, D)
+        x = x + self.drop_path(self.attn(self.ln_1(tokens), queries=L), B)  # (B*T, L, D)
+        if self.adapter is not None:
+            x = x + self.adapter(x)
+        return x + self.drop_path(self.mlp(self.ln_2(x)), B)
+
+
+class Transformer(nn.Module):
+    """The blocks of a tower and its temporal prompts: (layers, T, D), (1, T, D) or None."""
+
+    def __init__(self, width, layers, config, causal, prompts="none"):
+        super().__init__()
+        self.resblocks = nn.ModuleList(
+            Block(width, config, causal, depth=i / max(1, layers - 1)) for i in range(layers))
+        rows = {"deep": layers, "shallow": 1, "none": 0}[prompts]
+        v = math.sqrt(6 / (3 * 16 * 16 + width))
+        temporal_prompts = torch.empty(rows, config.num_frames, width).uniform_(-v, v)
+        self.temporal_prompts = nn.Parameter(temporal_prompts) if rows else None
+        self.prompt_dropout = config.prompt_dropout
+
+    def forward(self, x, num_frames=1):
+        prompts = ()
+        if self.temporal_prompts is not None:
+            prompts = F.dropout(self.temporal_prompts, self.prompt_dropout, self.training)
+        for block, prompt in zip_longest(self.resblocks, prompts):
+            x = block(x, num_frames, prompt)
+        return x
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        c, D = config, config.vision_width
+        num_patches = (c.image_size // c.patch_size) ** 2
+        self.conv1 = nn.Conv2d(3, D, c.patch_size, stride=c.patch_size, bias=False)
+        self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(num_patches + 1, D) * D**-0.5)
+        self.ln_pre = nn.LayerNorm(D)
+        self.transformer = Transformer(D, c.vision_layers, c, causal=False, prompts=c.prompts)
+        self.ln_post = nn.LayerNorm(D)
+        self.proj = nn.Parameter(torch.randn(D, c.embed_dim) * D**-0.5)
+
+    def forward(self, frames, num_frames):
+        """(B*T, 3, S, S) -> (B*T, E)"""
+        x = self.conv1(frames).flatten(2).transpose(1, 2)  # (B*T, L-1, D)
+        x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
+        x = self.ln_pre(x + self.positional_embedding)  # (B*T, L, D)
+        x = self.transformer(x, num_frames)
+        return self.ln_post(x[:, 0]) @ self.proj
+
+
+class EZCLIP(nn.Module):
+    """CLIP with temporal prompts and adapters. A new model is random; `from_pretrained` loads one.
+
+    `encode_*` return features as they are; `similarity` and `forward` normalise them.
+    """
+
+    def __init__(self, config=Config()):
+        super().__init__()
+        self.config = c = config
+        self.visual = VisionTransformer(c)
+        self.transformer = Transformer(c.text_width, c.text_layers, c, causal=True)
+        self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
+        self.positional_embedding = nn.Parameter(torch.randn(c.context_length, c.text_width) * 0.01)
+        self.ln_final = nn.LayerNorm(c.text_width)
+        self.text_projection = nn.Parameter(
+            torch.randn(c.text_width, c.embed_dim) * c.text_width**-0.5)
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        for blocks in (self.visual.transformer.resblocks, self.transformer.resblocks):
+            for block in blocks:
+                width = block.attn.out_proj.in_features
+                nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
+                nn.init.normal_(block.attn.out_proj.weight, std=(2 * width * len(blocks)) ** -0.5)
+                nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
+                nn.init.normal_(block.mlp.c_proj.weight, std=(2 * width * len(blocks)) ** -0.5)
+
+    def encode_frames(self, video):
+        """Features of every frame, not normalised: (B, T, 3, S, S) -> (B, T, E).
+
+        video: uint8 RGB, or floats already normalised with CLIP_MEAN and CLIP_STD. T is
+        config.num_frames where the model has prompts, else any. Another shape is a ValueError.
+        """
+        S, T = self.config.image_size, self.config.num_frames
+        if video.ndim != 5 or video.shape[2:] != (3, S, S):
+            raise ValueError(f"a video is (B, T, 3, {S}, {S}), not {tuple(video.shape)}")
+        if self.config.prompts != "none" and video.shape[1] != T:
+            raise ValueError(f"the model has prompts for {T} frames, the video has "
+                             f"{video.shape[1]}: load the model with that num_frames")
+        if video.dtype == torch.uint8:
+            mean = torch.tensor(CLIP_MEAN, device=video.device).view(3, 1, 1)
+            std = torch.tensor(CLIP_STD, device=video.device).view(3, 1, 1)
+            video = (video / 255 - mean) / std
+        features = self.visual(video.flatten(0, 1), video.shape[1])  # (B*T, E)
+        return features.view(*video.shape[:2], -1)
+
+    def encode_video(self, video):
+        """The mean of the frame features, not normalised: (B, T, 3, S, S) -> (B, E)."""
+        return self.encode_frames(video).mean(1)
+
+    def encode_text(self, tokens):
+        """Features at the end-of-text token (the largest id): (N, L) integers -> (N, E)."""
+        end = tokens.argmax(-1)
+        tokens = tokens[:, : end.max() + 1]  # exact: in a causal tower padding changes nothing
+        if tokens.shape[1] > self.config.context_length:
+            raise ValueError(f"a text of {tokens.shape[1]} tokens is longer than "
+                             f"context_length {self.config.context_length}")
+        x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
+        x = self.ln_final(self.transformer(x))  # (N, L, D)
+        return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
+
+    def similarity(self, video_features, text_features):
+        """Logits exp(logit_scale) * cosine: (B, E), (N, E) -> (B, N), in fp32 under autocast too."""
+        with torch.autocast(video_features.device.type, enabled=False):
+            video_features = F.normalize(video_features.float(), dim=-1)
+            text_features = F.normalize(text_features.float(), dim=-1)
+            return self.logit_scale.exp() * video_features @ text_features.T
+
+    def forward(self, video, tokens):
+        """Logits of every video for every text: (B, T, 3, S, S), (N, L) -> (B, N)."""
+        return self.similarity(self.encode_video(video), self.encode_text(tokens))
+
+    def freeze_backbone(self):
+        """Leave only prompts and adapters trainable; returns their number, 5204736 for Config()."""
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_(is_new(name))
+        return sum(p.numel() for p in self.parameters() if p.requires_grad)
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, num_frames=None, **config_overrides):
+        """A model in fp32 and eval mode with the weights of a file, which says itself what it is.
+
+        name_or_path: ViT-B/32, ViT-B/16, ViT-L/14 or ViT-L/14@336px, looked up in ~/.cache/clip,
+            else downloaded there; or a file: OpenAI's TorchScript archive, a state dict of OpenAI
+            or open_clip, model.safetensors or pytorch_model.bin of Hugging Face, a checkpoint of
+            the official EZ-CLIP / T2L code.
+        num_frames: None for the checkpoint's, else 8. Prompts for another number of frames are
+            interpolated linearly over time; a frame stands at the centre of its segment of the clip.
+        config_overrides: fields of Config that the file leaves open. The weights settle all sizes,
+            a checkpoint also prompts, adapters and temporal_adapter.
+
+        `weights_sha256` of the model is the file's, `weights_adapted` tells whether it held prompts
+        or adapters. Raises OSError (no file, no download), or ValueError naming file and keys: what
+        is missing must be exactly the new modules, nothing may be left over or contradicted.
+        """
+        path, sha256 = _locate(name_or_path)
+        file = _WeightsFile(path)
+        settled = file.settled()
+        frames = settled.pop("num_frames", Config.num_frames)
+        for name, value in config_overrides.items():
+            if settled.get(name, value) != value:
+                raise ValueError(f"{path}: has {name} {settled[name]!r}, not {value!r}")
+        config = Config(**{**config_overrides, **settled,
+                           "num_frames": frames if num_frames is None else num_frames})
+        with torch.device("meta"):  # check before anything of a size that the file claims exists
+            parameters = file.tensors(cls(config))
+        model = cls(config)
+        model.load_state_dict({**model.state_dict(), **parameters})
+        model.weights_sha256, model.weights_adapted = sha256, file.adapted
+        return model.eval()
+
+
+def is_new(name):
+    """Whether a parameter of this name is one of EZ-CLIP's additions to CLIP."""
+    return "temporal_prompts" in name or "adapter." in name
+
+
+def contrastive_loss(logits, labels):
+    """(KL_v + KL_t) / 2, where several texts of a batch may belong to a video (ActionCLIP's loss).
+
+    logits: (B, B), a video per row, its text in the same column; labels: (B,), the classes. The
+    target of row i is softmax(10 * [label_i == label_j]). Returns a scalar, in nats.
+    """
+    target = (10.0 * (labels[:, None] == labels).float()).softmax(1)  # symmetric
+    kl_video = F.kl_div(logits.float().log_softmax(1), target, reduction="batchmean")
+    kl_text = F.kl_div(logits.float().T.log_softmax(1), target, reduction="batchmean")
+    return (kl_video + kl_text) / 2
+
+
+def motion_loss(frame_features):
+    """1 / (1 + C + V), the paper's motion loss: small where frames differ, 1 for a still clip.
+
+    frame_features: (B, T, E), not normalised. C: mean of |f[t+1] - f[t-1]| / 2, ends replicated; V:
+    mean of the unbiased variance over time, 0 for a single frame. Returns a scalar in (0, 1].
+    """
+    f = frame_features.float()
+    change = torch.cat([f[:, 1:], f[:, -1:]], 1) - torch.cat([f[:, :1], f[:, :-1]], 1)
+    variance = f.var(1).mean() if f.shape[1] > 1 else 0.0
+    return 1 / (1 + change.abs().mean() / 2 + variance)
+
+
+def class_probabilities(video_features, text_features, logit_scale=100.0):
+    """Zero-shot classification: softmax over classes, then the mean over templates.
+
+    video_features: (B, E), text_features: (templates, classes, E), normalised here. Returns
+    (B, classes). The scale is that of the official evaluation.
+    """
+    video_features = F.normalize(video_features.float(), dim=-1)
+    text_features = F.normalize(text_features.float(), dim=-1)
+    return (logit_scale * video_features @ text_features.mT).softmax(-1).mean(0)
+
+
+# Weights files. A file is hostile until it has been read; nothing in it is ever executed.
+
+_URL = "https://openaipublic.azureedge.net/clip/models"
+_RELEASES = {
+    "ViT-B/32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
+    "ViT-B/16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
+    "ViT-L/14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
+    "ViT-L/14@336px": ("ViT-L-14-336px.pt",
+                       "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+}
+
+# From our parameter names to a file's, substituted in this order: so errors name the file's keys.
+_OFFICIAL = (("temporal_adapter.fc", "T_Adapter.D_fc"), ("adapter.fc", "Adapter.D_fc"),
+             ("temporal_prompts", "T_prompt_embeddings"))
+_HUGGING_FACE = (
+    (r"^visual\.proj$", "visual_projection.weight"), (r"^(text_projection)$", r"\1.weight"),
+    (r"^visual\.", "vision_model."), (r"^(?=transf|token_|posit|ln_final)", "text_model."),
+    (r"transformer\.resblocks", "encoder.layers"), (r"\.attn\.", ".self_attn."),
+    (r"\.ln_([12])", r".layer_norm\1"), (r"\.c_fc", ".fc1"), (r"\.c_proj", ".fc2"),
+    ("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"), ("ln_final", "final_layer_norm"),
+    ("positional_embedding", "embeddings.position_embedding.weight"),
+    (r"(class|token)_embedding", r"embeddings.\1_embedding"), ("conv1", "embeddings.patch_embedding"))
+_NO_WEIGHTS = r"(input_resolution|context_length|vocab_size|(.*\.)?(position_ids|attn_mask))"
+
+
+def _locate(name_or_path):
+    """-> path of the file and its SHA-256, after a download where that is needed."""
+    path, expected = Path(name_or_path).expanduser(), None
+    if str(name_or_path) in _RELEASES:
+        file, expected = _RELEASES[str(name_or_path)]
+        path, url = Path.home() / ".cache/clip" / file, f"{_URL}/{expected}/{file}"
+        if not path.exists():
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                torch.hub.download_url_to_file(url, str(path), hash_prefix=expected)
+            except (OSError, RuntimeError) as error:
+                raise OSError(f"cannot download {name_or_path} ({error}): "
+                              f"fetch {url} elsewhere and put it at {path}") from None
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file {path}, and none of {', '.join(_RELEASES)}")
+    sha256 = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while block := stream.read(1 << 20):
+            sha256.update(block)
+    if expected not in (None, sha256.hexdigest()):
+        raise ValueError(f"{path}: SHA-256 is not that of {name_or_path}: delete the file")
+    return path, sha256.hexdigest()
+
+
+class _WeightsFile:
+    """The tensors of a file in any of the known formats, looked up by our parameter names."""
+
+    def __init__(self, path):
+        self.path = path
+        try:
+            state = _read(path)
+        except Exception as error:  # there is no bound to what a hostile file makes a reader raise
+            reason = " ".join(str(error).split())[:160] or type(error).__name__
+            raise ValueError(f"{path}: cannot be read as weights: {reason}") from None
+        for key in ("model_state_dict", "state_dict"):
+            if isinstance(state, dict) and isinstance(state.get(key), dict):
+                state = state[key]
+        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) and
+                                                  isinstance(key, str) for key, value in state.items()):
+            raise ValueError(f"{path}: not weights, for it is no dict of names and tensors")
+        if sum(value.nbytes for value in state.values()) > os.path.getsize(path):
+            raise ValueError(f"{path}: its tensors claim more bytes than the file has")
+        prefix = "module." if all(key.startswith("module.") for key in state) else ""
+        self.state = {key[len(prefix):]: value for key, value in state.items()
+                      if not re.fullmatch(_NO_WEIGHTS, key[len(prefix):])}
+        self.adapted = any(re.search("(?i)adapter|_prompt", key) for key in self.state)
+        self.hugging_face = any(key.startswith("vision_model.") for key in self.state)
+        official = any(re.search("Adapter|T_prompt", key) for key in self.state)
+        self.names = _HUGGING_FACE if self.hugging_face else _OFFICIAL if official else ()
+        self.temporal_embedding = self.state.pop("visual.temporal_embedding", torch.zeros(0))
+        if self.temporal_embedding.any():
+            raise ValueError(f"{path}: visual.temporal_embedding is not zero, but has no place here")
+
+    def keys(self, name):
+        """The file's keys of one of our parameters: Hugging Face keeps q, k and v apart."""
+        for ours, theirs in self.names:
+            name = re.sub(ours, theirs, name)
+        split = self.hugging_face and "in_proj_" in name
+        return [name.replace("in_proj_", f"{x}_proj.") for x in "qkv"] if split else [name]
+
+    def settled(self):
+        """The fields of Config that the weights settle."""
+        def shape(name, ndim):
+            key, = self.keys(name)
+            if key not in self.state or self.state[key].ndim != ndim:
+                raise ValueError(f"{self.path}: does not fit a CLIP ViT, missing or misshapen: {key}")
+            return self.state[key].shape
+
+        def layers(prefix):
+            prefix, = self.keys(prefix)
+            rest = (key[len(prefix):] for key in self.state if key.startswith(prefix))
+            return len({key.split(".")[0] for key in rest})
+
+        width, _, patch, _ = shape("visual.conv1.weight", 4)
+        grid = math.isqrt(max(0, shape("visual.positional_embedding", 2)[0] - 1))
+        context_length, text_width = shape("positional_embedding", 2)
+        settled = dict(
+            embed_dim=shape("text_projection", 2)[0 if self.hugging_face else 1],
+            image_size=grid * patch, patch_size=patch, vision_width=width,
+            vision_layers=layers("visual.transformer.resblocks."),
+            context_length=context_length, vocab_size=shape("token_embedding.weight", 2)[0],
+            text_width=text_width, text_layers=layers("transformer.resblocks."))
+        if self.adapted:
+            prompts, rows = "visual.transformer.temporal_prompts", 0
+            if self.keys(prompts)[0] in self.state:
+                rows, settled["num_frames"], _ = shape(prompts, 3)
+            elif self.temporal_embedding.ndim == 3:
+                settled["num_frames"] = self.temporal_embedding.shape[1]
+            settled["prompts"] = {0: "none", settled["vision_layers"]: "deep"}.get(rows, "shallow")
+            settled["temporal_adapter"] = any(re.search("T_A|temporal_a", k) for k in self.state)
+            settled["adapters"] = any(re.search(r"\.[Aa]dapter", key) for key in self.state)
+        return settled
+
+    def tensors(self, model):
+        """{our name: tensor} for `model`; ValueError lists what is missing, left or misshapen."""
+        left, found, missing, misshapen = dict(self.state), {}, [], []
+        for name, parameter in model.named_parameters():
+            keys = self.keys(name)
+            if any(key not in left for key in keys):
+                if self.adapted or not is_new(name):
+                    missing += [key for key in keys if key not in left]
+                continue
+            parts = [left.pop(key) for key in keys]
+            value = torch.cat(parts) if len({part.shape for part in parts}) < len(parts) else parts[0]
+            if self.hugging_face and name in ("visual.proj", "text_projection"):
+                value = value.T
+            if "temporal_prompts" in name and value.ndim == 3:
+                value = F.interpolate(value.float().mT, len(parameter[0]), mode="linear").mT
+            if value.shape != parameter.shape or not value.is_floating_point():
+                misshapen.append(f"{keys[0]} ({value.dtype} {tuple(value.shape)}, "
+                                 f"expected {tuple(parameter.shape)})")
+            found[name] = value
+        for what, keys in (("missing", missing), ("unexpected", [*left]), ("misshapen", misshapen)):
+            if keys:
+                more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+                raise ValueError(f"{self.path}: does not fit a CLIP ViT, {what}: "
+                                 + ", ".join(keys[:8]) + more)
+        return found
+
+
+def _read(path):
+    """The content of a weights file, whose format shows in its first bytes or its entries."""
+    size = os.path.getsize(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:  # TorchScript may compress its code, never read here
+            entries = [e for e in archive.infolist() if "/code/" not in e.filename]
+            if any(e.compress_type or e.file_size > size for e in entries):
+                raise ValueError("entries of such an archive are stored uncompressed")
+            if any(e.filename.endswith("/constants.pkl") for e in entries):
+                return _read_torchscript(archive)
+    with open(path, "rb") as stream:
+        header = stream.read(9)
+    if header[8:] == b"{" and int.from_bytes(header[:8], "little") < size:
+        from safetensors.torch import load_file
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+class _Unpickler(pickle._Unpickler):  # Python's own: no index in a file can inflate its memo
+    """Reads a tree of TorchScript modules: tensors, containers, and empty shells for modules."""
+    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
+    storages = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
+                "FloatStorage": torch.float32, "DoubleStorage": torch.float64,
+                "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool}
+
+    def __init__(self, archive, root):
+        super().__init__(archive.open(root + "data.pkl"))
+        self.archive, self.root, self.shell = archive, root, type("Shell", (), {})
+
+    def find_class(self, module, name):
+        if module.startswith("__torch__."):
+            return self.shell
+        if module == "torch" and name in self.storages:
+            return self.storages[name]
+        if module == "torch.jit._pickle":  # build_intlist, restore_type_tag: the first is the value
+            return lambda value, *_: value
+        known = {"collections.OrderedDict": OrderedDict,
+                 "torch._utils._rebuild_tensor_v2": lambda storage, offset, size, stride, *_:
+                     storage.as_strided(size, stride, offset)}  # an error beyond the storage's end
+        if f"{module}.{name}" not in known:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place among weights")
+        return known[f"{module}.{name}"]
+
+    def persistent_load(self, pid):
+        _, dtype, key, _, numel = pid
+        stored = bytearray(self.archive.read(f"{self.root}data/{key}"))
+        return torch.frombuffer(stored, dtype=dtype, count=numel) if stored else torch.empty(0)
+
+
+def _read_torchscript(archive):
+    """The state dict of a TorchScript archive, without torch.jit: deprecated, and it runs code."""
+    root, = (n[:-8] for n in archive.namelist() if re.fullmatch("[^/]+/data.pkl", n))
+    unpickler = _Unpickler(archive, root)
+    state, seen, modules = {}, set(), [("", unpickler.load())]
+    while modules:
+        prefix, module = modules.pop()
+        if id(module) in seen:
+            raise ValueError("a module stands in it twice")
+        seen.add(id(module))
+        for name, value in vars(module).items():
+            if isinstance(value, unpickler.shell):
+                modules.append((f"{prefix}{name}.", value))
+            elif isinstance(value, torch.Tensor):
+                state[prefix + name] = value
+    return state
