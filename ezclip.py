@@ -429,11 +429,7 @@ class _WeightsFile:
 
     def __init__(self, path):
         self.path = path
-        try:
-            state = _read(path)
-        except Exception as error:  # there is no bound to what a hostile file makes a reader raise
-            reason = " ".join(str(error).split())[:160] or type(error).__name__
-            raise ValueError(f"{path}: cannot be read as weights: {reason}") from None
+        state = read_weights(path)
         for key in ("model_state_dict", "state_dict"):
             if isinstance(state, dict) and isinstance(state.get(key), dict):
                 state = state[key]
@@ -520,9 +516,22 @@ class _WeightsFile:
         return found
 
 
-def _read(path):
-    """The content of a weights file, whose format shows in its first bytes or its entries."""
-    size = os.path.getsize(path)
+def read_weights(path):
+    """What a file of weights holds, a dict with tensors in it, without executing any of it.
+
+    TorchScript archives, safetensors and what torch.save wrote are told apart by their content. One
+    that cannot be read is a ValueError that names it.
+    """
+    try:
+        return _read(path, os.path.getsize(path))
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # there is no bound to what a hostile file makes a reader raise
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ValueError(f"{path}: cannot be read as weights: {reason}") from None
+
+
+def _read(path, size):
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:  # TorchScript may compress its code, never read here
             entries = [e for e in archive.infolist() if "/code/" not in e.filename]

@@ -1,0 +1,437 @@
+"""Train and evaluate EZ-CLIP on folders of frames.
+
+    python train.py --data ucf101_frames                       # train, then evaluate
+    python train.py --resume --out runs/ucf101_frames          # continue a stopped run
+    python train.py --data hmdb51_frames --checkpoint runs/ucf101_frames/last.pt --eval-only
+    python train.py --data ucf101_frames --eval-only           # plain CLIP, nothing learnt
+    python train.py --demo                                     # no data, no weights, five minutes
+
+A run's folder receives last.pt, log.csv, curves.png and results.json.
+"""
+
+import argparse
+import csv
+import json
+import math
+import os
+import platform
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from tqdm import tqdm
+
+import data
+from clip_tokenizer import tokenize
+from ezclip import EZCLIP, Config, class_probabilities, contrastive_loss, motion_loss, read_weights
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line instead of the usage of all flags
+        raise ValueError(message)
+
+
+def at_least(minimum, kind=int):
+    def parse(text):
+        value = kind(text)
+        if not minimum <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
+        return value
+    return parse
+
+
+def usable_device(name):
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"{name}: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def parser():
+    p = Parser(description="Train and evaluate EZ-CLIP on folders of frames.",
+               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    flag = p.add_argument
+    # data
+    flag("--data", help="folder of frames: <class>/<clip>/img_00001.jpg")
+    flag("--train-list", help="training clips, a line each: <clip> [<number of frames>] <label>")
+    flag("--test-list", help="test clips, likewise")
+    flag("--labels", help="CSV id,name; without it the sorted class folders")
+    flag("--templates", nargs="+", metavar="TEXT", default=list(data.TEMPLATES),
+         help="texts with {} in place of the class name")
+    flag("--base-to-novel", action="store_true",
+         help="train on the half of the classes with more training clips, test on either half")
+    flag("--no-flip", action="store_true", help="never mirror; so if a class is left or right")
+    flag("--no-augment", action="store_true", help="no random crops, mirroring and colours")
+    # model
+    flag("--clip", help="ViT-B/32, ViT-B/16 (if nothing is given), ViT-L/14, ViT-L/14@336px, a file")
+    flag("--num-frames", type=at_least(1), help="frames per clip; 8 if nothing is given")
+    flag("--prompts", choices=("deep", "shallow", "none"), help="deep if nothing is given")
+    flag("--no-adapters", action="store_true", help="leave out the adapters")
+    flag("--temporal-adapter", action="store_true", help="add attention over time at every token")
+    flag("--tune", choices=("new", "all"), default="new", help="train the new parts, or CLIP too")
+    # optimisation
+    flag("--epochs", type=at_least(1), default=50, help="passes over the training clips")
+    flag("--batch-size", type=at_least(1), default=70, help="clips per step")
+    flag("--lr", type=at_least(0, float), default=5e-5, help="highest learning rate")
+    flag("--prompt-lr", type=at_least(0, float), help="that of the prompts; --lr without it")
+    flag("--weight-decay", type=at_least(0, float), default=0.2, help="of AdamW")
+    flag("--warmup-epochs", type=at_least(0, float), default=5, help="at most a tenth of all steps")
+    flag("--motion-weight", type=at_least(0, float), default=1.0, help="of the motion loss")
+    flag("--seed", type=at_least(0), default=0, help="of all that is random")
+    # the run
+    flag("--out", help="its folder; runs/<data> without it")
+    flag("--resume", action="store_true", help="continue the run in --out")
+    flag("--checkpoint", help="weights to start from: a last.pt or one of the official code")
+    flag("--eval-only", action="store_true", help="do not train")
+    flag("--eval-every", type=at_least(1), help="epochs; without it only at the end")
+    flag("--shuffle-frames", action="store_true", help="a control: test clips in random order")
+    flag("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="loading processes")
+    flag("--device", type=usable_device, help="of torch", default="cuda" if torch.cuda.is_available()
+         else "mps" if torch.backends.mps.is_available() else "cpu")
+    flag("--demo", action="store_true", help="the method on a rendered world; needs no --data")
+    return p
+
+
+# Flags whose value leaves the result alone, so that a resumed run may have others.
+FREE = ("out", "resume", "workers", "device", "eval_every")
+# Flags that describe the model: a checkpoint of ours brings them along.
+MODEL = ("clip", "num_frames", "prompts", "no_adapters", "temporal_adapter", "tune")
+
+
+def parse(argv):
+    """-> the flags, those of a checkpoint being the defaults, and our checkpoint if one is named."""
+    p = parser()
+    args, saved = p.parse_args(argv), None
+    if not (args.data or args.demo or args.resume and args.out):
+        raise ValueError("--data is needed, a folder of frames (or --demo)")
+    path = run_folder(args) / "last.pt" if args.resume else args.checkpoint
+    if path and (path == args.checkpoint or path.exists()):
+        saved = read_weights(path)
+        if not isinstance(saved, dict) or not {"args", "backbone_sha256"} <= saved.keys():
+            if args.resume:
+                raise ValueError(f"{path}: is no checkpoint of a run")
+            return args, None  # that of the official code, say
+        keys = [key for key in saved["args"] if key not in FREE] if args.resume else MODEL
+        p.set_defaults(**{key: saved["args"][key] for key in keys})
+        args = p.parse_args(argv)
+        changed = [f"--{key.replace('_', '-')} {saved['args'][key]}" for key in keys
+                   if args.resume and getattr(args, key) != saved["args"][key]]
+        if changed:
+            raise ValueError(f"{path}: the run was started with {', '.join(changed)}")
+    elif args.resume and not args.data:
+        raise ValueError(f"{path}: no run to resume, and no --data to start one")
+    return args, saved
+
+
+def run_folder(args):
+    """--out, or runs/<data> with a counter: the last that exists for --resume, else the next."""
+    first = Path(args.out or Path("runs", Path(args.data or "demo").resolve().name))
+    folders = [first]
+    while folders[-1].exists() and not args.out:
+        folders.append(first.with_name(f"{first.name}-{len(folders) + 1}"))
+    out = folders[-2] if args.resume and len(folders) > 1 else folders[-1]
+    results = [name for name in ("last.pt", "log.csv", "results.json") if (out / name).exists()]
+    if results and not args.resume:
+        raise ValueError(f"{out}: holds a run; continue it with --resume, or choose another --out")
+    return out
+
+
+def find_clips(args):
+    """-> (class names, clips) to train on and {name: (class names, clips)} to test on."""
+    lists = args.train_list, args.test_list, args.labels
+    classes, train, test = data.index_frames(args.data, *lists)
+    print(f"{args.data}: {len(classes)} classes, {len(train)} training and {len(test)} test clips")
+    order, half = range(len(classes)), len(classes)
+    if args.base_to_novel:
+        counts = np.bincount([label for _, label in train], minlength=len(classes))
+        order, half = np.argsort(-counts, kind="stable").tolist(), (len(classes) + 1) // 2
+
+    def part(clips, keep):
+        position = {label: i for i, label in enumerate(sorted(keep))}
+        return [classes[k] for k in position], [(c, position[k]) for c, k in clips if k in position]
+
+    tests = {"base" if half < len(classes) else Path(args.data).resolve().name: order[:half],
+             "novel": order[half:]}
+    tests = {name: part(test, keep) for name, keep in tests.items() if len(keep)}
+    for name, (_, clips) in tests.items():
+        if not clips:
+            print(f"warning: {name}: there are no test clips", file=sys.stderr)
+    return part(train, order[:half]), {name: t for name, t in tests.items() if t[1]}
+
+
+def build_model(args, saved):
+    """The model of the flags, on its device, with the weights of a checkpoint: `saved` if it is
+    ours, else --checkpoint is the official code's and brings its own CLIP."""
+    official = args.checkpoint if not saved else None
+    if official and args.clip:
+        raise ValueError(f"{official}: brings its own CLIP, leave --clip out")
+    if args.eval_only and not args.checkpoint and not args.prompts:
+        print("no --checkpoint: this evaluates plain CLIP, without prompts")
+        args.prompts = "none"
+    if not official:
+        args.clip = args.clip or "ViT-B/16"
+    switches = dict(prompts=args.prompts, adapters=False if args.no_adapters else None,
+                    temporal_adapter=args.temporal_adapter or None)
+    torch.manual_seed(args.seed)  # of the new modules
+    model = EZCLIP.from_pretrained(official or args.clip, args.num_frames,
+                                   **{k: v for k, v in switches.items() if v is not None})
+    if official and not model.weights_adapted:
+        raise ValueError(f"{official}: is plain CLIP, to be given as --clip")
+    if model.config.vocab_size != 49408:
+        raise ValueError(f"{official or args.clip}: has another vocabulary than CLIP")
+    if args.tune == "new":
+        model.freeze_backbone()
+    if saved:
+        path = run_folder(args) / "last.pt" if args.resume else args.checkpoint
+        if saved["backbone_sha256"] != model.weights_sha256:
+            raise ValueError(f"{path}: was trained on another CLIP than {official or args.clip}")
+        shapes = {name: p.shape for name, p in trained(model).items()}
+        if shapes != {name: value.shape for name, value in saved["state_dict"].items()}:
+            raise ValueError(f"{path}: does not hold what a model of these flags trains")
+        model.load_state_dict({**model.state_dict(), **saved["state_dict"]})
+    args.num_frames, args.prompts = model.config.num_frames, model.config.prompts
+    return model.to(args.device)
+
+
+def trained(model):
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def tokens_of(classes, args, model):
+    """Token ids of every template and class, (templates, classes, L)."""
+    words, length = [data.class_text(name) for name in classes], model.config.context_length
+    return torch.stack([tokenize([template.replace("{}", word) for word in words], length)
+                        for template in args.templates])
+
+
+def autocast(args):
+    return torch.autocast("cuda", torch.bfloat16, enabled=args.device.startswith("cuda"))
+
+
+@torch.inference_mode()
+def evaluate(model, classes, clips, args):
+    """Zero-shot classification of every clip: {"top1", "top5" (per cent), "n", "classes"}."""
+    model.eval()
+    dataset = data.Clips(args.data, clips, args.num_frames, model.config.image_size)
+    keys = [(0, i) for i in range(len(clips))]
+    batches = [keys[i:i + args.batch_size] for i in range(0, len(keys), args.batch_size)]
+    tokens, hits = tokens_of(classes, args, model), torch.zeros(2)
+    torch.manual_seed(args.seed)  # of --shuffle-frames
+    with autocast(args):
+        texts = [model.encode_text(t.to(args.device)) for t in tokens.flatten(0, 1).split(512)]
+        texts = torch.cat(texts).view(*tokens.shape[:2], -1)  # (templates, classes, E)
+        stream = data.loader(dataset, batches, args.workers)
+        for videos, labels, _ in tqdm(stream, "test", len(batches), leave=False, disable=None):
+            if args.shuffle_frames:
+                videos = torch.stack([video[torch.randperm(len(video))] for video in videos])
+            probabilities = class_probabilities(model.encode_video(videos.to(args.device)), texts)
+            best = probabilities.topk(min(5, len(classes))).indices.cpu() == labels[:, None]
+            hits += torch.stack([best[:, 0].sum(), best.sum()])
+    top1, top5 = (100 * hits / len(clips)).tolist()
+    return {"top1": round(top1, 2), "top5": round(top5, 2), "n": len(clips), "classes": len(classes)}
+
+
+def evaluate_all(model, tests, args):
+    """-> {test set: result}, printed, and the same for a row of the log."""
+    results = {name: evaluate(model, *test, args) for name, test in tests.items()}
+    for name, r in results.items():
+        print(f"{name}: top-1 {r['top1']:.2f} %, top-5 {r['top5']:.2f} %, n = {r['n']} clips of "
+              f"{r['classes']} classes", flush=True)
+    return results, {f"{name} {k}": r[k] for name, r in results.items() for k in ("top1", "top5")}
+
+
+def write(path, save):
+    """Write a file as a whole or not at all: save(temporary path), flush to the disk, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    save(temporary)
+    with open(temporary, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def batches(n, size, start, stop, seed):
+    """Keys (epoch, clip) of the steps start..stop. A new order every epoch; an incomplete last batch
+    is dropped unless it is the only one."""
+    per_epoch = max(1, n // size)
+    for step in range(start, stop):
+        epoch, k = divmod(step, per_epoch)
+        if k == 0 or step == start:
+            order = np.random.default_rng((seed, epoch)).permutation(n).tolist()
+        yield [(epoch, i) for i in order[k * size:(k + 1) * size]]
+
+
+def train(model, classes, clips, tests, args, saved):
+    """Train from the first step, or from where `saved` stood; returns the results and the seconds.
+
+    No random state has to be kept: a step's is a function of (seed, step), a clip's of (seed, epoch,
+    clip). So a resumed run takes the very steps of one that was never stopped.
+    """
+    out, device = Path(args.out), torch.device(args.device)
+    words = {word for name in classes for word in data.class_text(name).split()}
+    flip = not (args.no_augment or args.no_flip or words & {"left", "right"})
+    print(f"{len(clips)} clips of {len(classes)} classes, {'' if flip else 'not '}mirrored; training "
+          f"{sum(p.numel() for p in trained(model).values()):,} parameters on {args.device}")
+    dataset = data.Clips(args.data, clips, args.num_frames, model.config.image_size, train=True,
+                         augment=not args.no_augment, flip=flip, seed=args.seed)
+    tokens = tokens_of(classes, args, model)
+    per_epoch = max(1, len(clips) // args.batch_size)
+    total = args.epochs * per_epoch
+    warmup = min(args.warmup_epochs * per_epoch, total / 10)
+    lrs = {False: args.lr, True: args.lr if args.prompt_lr is None else args.prompt_lr}
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for name, p in trained(model).items() if ("prompts" in name) == prompts]}
+         for prompts in lrs], betas=(0.9, 0.98), eps=1e-8, weight_decay=args.weight_decay)
+    step, seconds, rows, sums = 0, 0.0, [], [0.0, 0.0, 0.0]
+    if saved:
+        optimizer.load_state_dict(saved["optimizer"])
+        step, seconds, rows, sums = (saved[key] for key in ("step", "seconds", "rows", "sums"))
+        print(f"resumed at step {step} of {total}")
+
+    def save(path):
+        torch.save({"state_dict": {name: p.detach() for name, p in trained(model).items()},
+                    "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
+                    "rows": rows, "sums": sums, "args": vars(args), "classes": classes,
+                    "backbone_sha256": model.weights_sha256}, path)
+
+    steps = batches(len(clips), args.batch_size, step, total, args.seed)
+    stream = data.loader(dataset, steps, args.workers, pin_memory=device.type == "cuda")
+    bar = tqdm(stream, "train", total, initial=step, unit="step", disable=None)
+    clock = saved_at = drawn_at = time.monotonic()
+    for videos, labels, indices in bar:
+        model.train()
+        torch.manual_seed(np.random.SeedSequence((args.seed, step)).generate_state(1).item())
+        rate = ((step + 1) / warmup if step + 1 < warmup else
+                (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2)
+        for group, lr in zip(optimizer.param_groups, lrs.values()):
+            group["lr"] = lr * rate
+        videos = videos.to(device, non_blocking=True)
+        if not args.no_augment:
+            videos = data.jitter_colour(videos)
+        texts = tokens[torch.randint(len(tokens), labels.shape), labels].to(device)
+        with autocast(args):
+            frames, texts = model.encode_frames(videos), model.encode_text(texts)
+        logits = model.similarity(frames.float().mean(1), texts)
+        contrastive, motion = contrastive_loss(logits, labels.to(device)), motion_loss(frames)
+        loss = contrastive + args.motion_weight * motion
+        losses = torch.stack([loss, contrastive, motion]).tolist()
+        if not math.isfinite(losses[0]):
+            raise ValueError(f"step {step}: the loss is {losses[0]} for the clips "
+                             + ", ".join(clips[i][0] for i in indices))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+        step += 1
+        sums = [a + b for a, b in zip(sums, losses)]
+        now = time.monotonic()
+        seconds, clock = seconds + now - clock, now
+        bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {args.lr * rate:.1e}, "
+                            f"{len(labels) * (bar.format_dict['rate'] or 0):.1f} clips/s", False)
+        if step % per_epoch == 0:
+            spent = seconds - sum(row["seconds"] for row in rows)
+            row = {"epoch": step // per_epoch, "lr": args.lr * rate, "seconds": spent,
+                   "clips/s": per_epoch * len(labels) / spent}
+            row |= dict(zip(("loss", "contrastive", "motion"), (x / per_epoch for x in sums)))
+            if args.eval_every and row["epoch"] % args.eval_every == 0 and step < total:
+                row |= evaluate_all(model, tests, args)[1]
+                clock = time.monotonic()
+            rows, sums = [*rows, row], [0.0, 0.0, 0.0]
+            write_log(out / "log.csv", rows)
+            if now - drawn_at > 60:
+                plot_curves(out / "curves.png", rows)
+                drawn_at = now
+        if step % per_epoch == 0 or now - saved_at > 600:
+            write(out / "last.pt", save)
+            saved_at = now
+    results, row = evaluate_all(model, tests, args)
+    rows[-1] |= row
+    write_log(out / "log.csv", rows)
+    plot_curves(out / "curves.png", rows)
+    return results, seconds
+
+
+def write_log(path, rows):
+    def save(temporary):
+        with open(temporary, "w", newline="") as file:
+            keys = dict.fromkeys(key for row in rows for key in row)
+            writer = csv.DictWriter(file, keys)
+            writer.writeheader()
+            writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
+    write(path, save)
+
+
+def figure(width, height, **grid):
+    """-> matplotlib's figure and axes, in the one style of this project (colours of Okabe and Ito)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+                         "axes.prop_cycle": plt.cycler(color=["#0072B2", "#D55E00", "#009E73"])})
+    return plt.subplots(figsize=(width, height), layout="constrained", **grid)
+
+
+def plot_curves(path, rows):
+    """Losses per epoch, and accuracy where it was measured."""
+    fig, (left, right) = figure(8, 3, ncols=2)
+    for axis, names in ((left, ("loss", "contrastive", "motion")),
+                        (right, [key for key in rows[-1] if key.endswith("top1")])):
+        for name in names:
+            points = [(row["epoch"], row[name]) for row in rows if name in row]
+            axis.plot(*zip(*points), label=name, marker="o" if len(points) < 20 else "")
+            axis.legend()
+    left.set(xlabel="epoch", ylabel="mean loss (nats)")
+    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
+    write(path, lambda temporary: fig.savefig(temporary, dpi=120, format="png"))
+
+
+def write_results(out, argv, args, trainable, seconds, results):
+    versions = {"python": platform.python_version(), "torch": torch.__version__,
+                "torchvision": torchvision.__version__, "numpy": np.__version__}
+    content = {"command": shlex.join(["python", "train.py", *argv]), "seed": args.seed,
+               "versions": versions, "device": args.device, "trainable": trainable,
+               "seconds": round(seconds, 1), "results": results}
+    write(out / "results.json", lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+
+
+def run(argv):
+    """Train and evaluate as the flags say; -> {test set: result}. An argv is a command to repeat."""
+    began = time.monotonic()
+    args, saved = parse(argv)
+    out = run_folder(args)
+    (classes, clips), tests = find_clips(args)
+    model = build_model(args, saved)
+    args.out, trainable = str(out), sum(p.numel() for p in trained(model).values())
+    if not args.eval_only and not (clips and trainable):
+        raise ValueError(f"{args.data}: no training clips" if trainable else
+                         "nothing to train, without prompts, without adapters and without --tune all")
+    out.mkdir(parents=True, exist_ok=True)
+    if args.eval_only:
+        results, seconds = evaluate_all(model, tests, args)[0], time.monotonic() - began
+    else:
+        results, seconds = train(model, classes, clips, tests, args, saved if args.resume else None)
+    write_results(out, argv, args, trainable, seconds, results)
+    return results
+
+
+def demo(argv):
+    args, _ = parse(argv)
+    out = run_folder(args)
+    data.demo(out / "stills", args.seed, stills=True)
+    data.demo(out / "frames", args.seed)
+
+
+def main():
+    try:
+        run(sys.argv[1:]) if "--demo" not in sys.argv else demo(sys.argv[1:])
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
