@@ -144,7 +144,7 @@ def _read_labels(path):
 
 
 def _read_list(path):
-    """Yield (where, [(clip, label), ...]) for each line: all that it can mean, as names hold blanks."""
+    """Yield (where, [(clip, label), ...]) per line: all it can mean, since names hold blanks."""
     with open(path, encoding="utf-8-sig") as file:
         for number, line in enumerate(file, 1):
             meanings = []
@@ -166,8 +166,8 @@ def _match(where, meanings, by_name, root):
         if len(found) == 1:
             return found[0], label
     line = meanings[-1][0]
-    known = [name for name in re.split(r"[/\\\s]+", line) if name in by_name or _stem(name) in by_name]
-    problem = f"no label in, or several folders for" if known else f"no folder below {root} for"
+    known = any(_stem(word) in by_name for word in re.split(r"[/\\\s]+", line))
+    problem = "bad label in, or several folders for," if known else f"no folder below {root} for"
     raise ValueError(f"{where}: {problem} {line!r}")
 
 
@@ -198,15 +198,16 @@ def read_frame(path):
 def sample_frames(count, num_frames, rng=None):
     """Which `num_frames` of `count` frames, as positions from 0 in ascending order.
 
-    With a numpy Generator (training): a random frame of each of equal segments; a shorter clip gives
-    all of its frames and random repeats. Without: the centres of the segments (official code).
+    With a numpy Generator (training): a random frame of each of equal segments; a shorter clip
+    gives all of its frames and random repeats. Without: the official code's centres of segments.
     """
     i = np.arange(num_frames)
     if rng is not None and count >= num_frames:
         edges = np.arange(num_frames + 1) * count // num_frames
         return rng.integers(edges[:-1], edges[1:])
     if rng is not None:
-        return np.sort(np.concatenate([np.arange(count), rng.integers(count, size=num_frames - count)]))
+        repeats = rng.integers(count, size=num_frames - count)
+        return np.sort(np.concatenate([np.arange(count), repeats]))
     if count < num_frames:
         return i * count // num_frames
     if num_frames == 1:
@@ -215,7 +216,7 @@ def sample_frames(count, num_frames, rng=None):
 
 
 def random_crop(rng):
-    """A draw of TSN's multi-scale crop: (width, height) scales of the shorter side, (x, y) place."""
+    """A draw of TSN's multi-scale crop: (width, height) as scales of the shorter side, place."""
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(w, h) for i, w in enumerate(scales) for j, h in enumerate(scales) if abs(i - j) <= 1]
     places = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0),
@@ -254,7 +255,8 @@ class Clips(Dataset):
 
     def __init__(self, root, items, num_frames, image_size, train=False, augment=False, flip=False,
                  seed=0):
-        self.root, self.items, self.num_frames, self.image_size = root, items, num_frames, image_size
+        self.root, self.items = root, items
+        self.num_frames, self.image_size = num_frames, image_size
         self.train, self.augment, self.flip, self.seed = train, augment, flip, seed
 
     def __len__(self):
@@ -267,9 +269,10 @@ class Clips(Dataset):
         chosen = sample_frames(len(names), self.num_frames, rng)
         crop = random_crop(rng) if self.augment else None
         flip = self.augment and self.flip and rng.random() < 0.5
-        frames = {i: crop_frame(read_frame(folder / names[i]), self.image_size, crop) for i in {*chosen}}
-        clip = np.stack([frames[i][:, ::-1] if flip else frames[i] for i in chosen])  # (T, S, S, 3)
-        return torch.from_numpy(clip).permute(0, 3, 1, 2).contiguous()
+        clip = np.stack([crop_frame(read_frame(folder / names[i]), self.image_size, crop)
+                         for i in chosen])  # (T, S, S, 3)
+        clip = clip[:, :, ::-1] if flip else clip
+        return torch.from_numpy(np.ascontiguousarray(clip.transpose(0, 3, 1, 2)))
 
     def __getitem__(self, key):
         try:
@@ -278,12 +281,14 @@ class Clips(Dataset):
             return error
 
 
-def loader(clips, batches, workers, pin_memory=False):
-    """Iterate over (videos, labels, indices) for `batches` of keys; a bad frame raises ValueError."""
-    def collate(samples):
-        return next((s for s in samples if isinstance(s, Exception)), None) or default_collate(samples)
+def _collate(samples):
+    errors = [sample for sample in samples if isinstance(sample, Exception)]
+    return errors[0] if errors else default_collate(samples)
 
-    for batch in DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=collate,
+
+def loader(clips, batches, workers, pin_memory=False):
+    """Yield (videos, labels, indices) for `batches` of keys; a bad frame is a ValueError."""
+    for batch in DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=_collate,
                             pin_memory=pin_memory):
         if isinstance(batch, Exception):
             raise ValueError(str(batch))
@@ -384,7 +389,8 @@ def demo_frames(colour, pair, t, rng, size=36):
     dx = np.abs(np.arange(size) - x[:, None])[:, None, :]
     dy = (np.arange(size) - y[:, None])[:, :, None]
     distance = np.hypot(dx, dy)
-    edge = (distance - r, np.maximum(dx, abs(dy)) - 0.9 * r,  # circle, square, triangle, cross, ring
+    edge = (distance - r,  # circle, square, triangle, cross, ring
+            np.maximum(dx, abs(dy)) - 0.9 * r,
             np.maximum(dy, 0.87 * dx - dy / 2) - 0.65 * r,
             np.minimum(np.maximum(dx, 3 * abs(dy)), np.maximum(3 * dx, abs(dy))) - r,
             abs(distance - 0.7 * r) - 0.3 * r)[shape]
@@ -394,10 +400,10 @@ def demo_frames(colour, pair, t, rng, size=36):
 
 
 def demo(root, seed=0, stills=False):
-    """Render the demo world below `root`, which must not exist: 48 classes, or 48 captions of stills.
+    """Render the demo world's 48 actions, or stills under 48 captions, below a new folder `root`.
 
-    A colour goes without training clips in two of the four pairs: 24 base and 24 novel classes.
-    Names are UCF101's, so that groups 1-7 are the test split: 20 clips per class (stills: 8).
+    In two of the four pairs a colour has no training clips: 24 base classes, 24 novel ones. Names
+    are like UCF101's, so that groups 1-7 are the test split: 20 clips per class (stills: 8).
     """
     root, part = Path(root), Path(f"{root}.part")
     if root.exists():
@@ -410,7 +416,8 @@ def demo(root, seed=0, stills=False):
         test, train = (8, 208) if stills else (20, 0 if pair in (i % 4, (i + 1) % 4) else 32)
         t = np.linspace(1, -1, 12)[-1 if stills else 0:] * (-1) ** twin
         for k in range(test + train):
-            group, take = (k % 7 + 1, k // 7) if k < test else (8 + (k - test) % 18, (k - test) // 18)
+            take, group = divmod(k, 7) if k < test else divmod(k - test, 18)
+            group += 1 if k < test else 8
             clip = f"v_{colour.title()}{word.title()}_g{group:02d}_c{take + 1:02d}"
             folder = part / demo_class(colour, word, stills) / clip
             folder.mkdir(parents=True)

@@ -1,14 +1,14 @@
 """EZ-CLIP in one file: CLIP's ViT adapted to zero-shot video action recognition.
 
-Paper: "EZ-CLIP: Efficient Zeroshot Video Action Recognition", arXiv 2312.08010 (its successor T2L is
-the same method). CLIP stays frozen; temporal prompts, adapters and a motion loss are what is new.
+Paper: "EZ-CLIP: Efficient Zeroshot Video Action Recognition", arXiv 2312.08010 (T2L, its successor,
+is the same method). CLIP stays frozen; temporal prompts, adapters and a motion loss are new.
 
     from ezclip import EZCLIP, contrastive_loss, motion_loss
     model = EZCLIP.from_pretrained("ViT-B/16", num_frames=8)      # or a weights file on disk
     model.freeze_backbone()                                       # 5204736 trainable parameters
     video = torch.randint(256, (2, 8, 3, 224, 224)).byte()        # (B, T, 3, H, W), RGB
-    tokens = clip_tokenizer.tokenize(["archery", "juggling balls"])               # (N, 77)
-    frames, texts = model.encode_frames(video), model.encode_text(tokens)         # (B, T, E), (N, E)
+    tokens = clip_tokenizer.tokenize(["archery", "juggling balls"])              # (N, 77)
+    frames, texts = model.encode_frames(video), model.encode_text(tokens)        # (B, T, E), (N, E)
     logits = model.similarity(frames.mean(1), texts)              # (B, N), = model(video, tokens)
     loss = contrastive_loss(logits, torch.tensor([0, 1])) + motion_loss(frames)
 
@@ -18,7 +18,7 @@ that of the temporal adapter:
     which there is the token dimension: it drops token positions for the whole batch.
   - The temporal adapter's result returns to its own video. Officially it comes back in (T, B) order
     into a (B, T) batch: the videos of a batch leak into each other. With one video the two agree.
-  - The text tower's dropout rates are its own linspace, not the first entries of the vision tower's.
+  - The text tower's dropout rates are its own linspace, not the head of the vision tower's.
   - Weights are fp32. Officially they go through fp16 after every step, without loss scaling.
   - The variance of a single frame counts as 0 in the motion loss, not as NaN.
   - `visual.temporal_embedding`, zero and frozen in every official checkpoint, does not exist.
@@ -83,7 +83,7 @@ class Config:
             if field.type is float and not 0 <= value < 1:
                 raise ValueError(f"{field.name} must lie in [0, 1), not {value}")
             if value not in allowed.get(field.name, (value,)):
-                raise ValueError(f"{field.name} must be one of {allowed[field.name]}, not {value!r}")
+                raise ValueError(f"{field.name} is one of {allowed[field.name]}, not {value!r}")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of {self.patch_size}")
 
@@ -144,7 +144,7 @@ class Adapter(nn.Module):
 class Block(nn.Module):
     """CLIP's block with the temporal prompt before its attention and the adapter after it."""
 
-    def __init__(self, width, config, causal, depth):  # depth: 0 for the first layer, 1 for the last
+    def __init__(self, width, config, causal, depth):  # depth: 0 in the first layer, 1 in the last
         super().__init__()
         self.attn = Attention(width, depth * config.attention_dropout, causal)
         self.ln_1 = nn.LayerNorm(width)
@@ -285,7 +285,7 @@ class EZCLIP(nn.Module):
         return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
 
     def similarity(self, video_features, text_features):
-        """Logits exp(logit_scale) * cosine: (B, E), (N, E) -> (B, N), in fp32 under autocast too."""
+        """Logits exp(logit_scale) * cosine, always in fp32: (B, E), (N, E) -> (B, N)."""
         with torch.autocast(video_features.device.type, enabled=False):
             video_features = F.normalize(video_features.float(), dim=-1)
             text_features = F.normalize(text_features.float(), dim=-1)
@@ -310,7 +310,7 @@ class EZCLIP(nn.Module):
             or open_clip, model.safetensors or pytorch_model.bin of Hugging Face, a checkpoint of
             the official EZ-CLIP / T2L code.
         num_frames: None for the checkpoint's, else 8. Prompts for another number of frames are
-            interpolated linearly over time; a frame stands at the centre of its segment of the clip.
+            interpolated linearly over time, a frame standing at the centre of its segment.
         config_overrides: fields of Config that the file leaves open. The weights settle all sizes,
             a checkpoint also prompts, adapters and temporal_adapter.
 
@@ -396,7 +396,8 @@ _HUGGING_FACE = (
     (r"\.ln_([12])", r".layer_norm\1"), (r"\.c_fc", ".fc1"), (r"\.c_proj", ".fc2"),
     ("ln_pre", "pre_layrnorm"), ("ln_post", "post_layernorm"), ("ln_final", "final_layer_norm"),
     ("positional_embedding", "embeddings.position_embedding.weight"),
-    (r"(class|token)_embedding", r"embeddings.\1_embedding"), ("conv1", "embeddings.patch_embedding"))
+    (r"(class|token)_embedding", r"embeddings.\1_embedding"),
+    ("conv1", "embeddings.patch_embedding"))
 _NO_WEIGHTS = r"(input_resolution|context_length|vocab_size|(.*\.)?(position_ids|attn_mask))"
 
 
@@ -433,8 +434,8 @@ class _WeightsFile:
         for key in ("model_state_dict", "state_dict"):
             if isinstance(state, dict) and isinstance(state.get(key), dict):
                 state = state[key]
-        if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) and
-                                                  isinstance(key, str) for key, value in state.items()):
+        if not isinstance(state, dict) or any(not isinstance(key, str) or not isinstance(
+                value, torch.Tensor) for key, value in state.items()):
             raise ValueError(f"{path}: not weights, for it is no dict of names and tensors")
         if sum(value.nbytes for value in state.values()) > os.path.getsize(path):
             raise ValueError(f"{path}: its tensors claim more bytes than the file has")
@@ -447,7 +448,7 @@ class _WeightsFile:
         self.names = _HUGGING_FACE if self.hugging_face else _OFFICIAL if official else ()
         self.temporal_embedding = self.state.pop("visual.temporal_embedding", torch.zeros(0))
         if self.temporal_embedding.any():
-            raise ValueError(f"{path}: visual.temporal_embedding is not zero, but has no place here")
+            raise ValueError(f"{path}: visual.temporal_embedding is not zero, as it should be")
 
     def keys(self, name):
         """The file's keys of one of our parameters: Hugging Face keeps q, k and v apart."""
@@ -461,7 +462,7 @@ class _WeightsFile:
         def shape(name, ndim):
             key, = self.keys(name)
             if key not in self.state or self.state[key].ndim != ndim:
-                raise ValueError(f"{self.path}: does not fit a CLIP ViT, missing or misshapen: {key}")
+                raise ValueError(f"{self.path}: not a CLIP ViT, missing or misshapen: {key}")
             return self.state[key].shape
 
         def layers(prefix):
@@ -499,8 +500,10 @@ class _WeightsFile:
                     missing += [key for key in keys if key not in left]
                 continue
             parts = [left.pop(key) for key in keys]
-            value = torch.cat(parts) if len({part.shape for part in parts}) < len(parts) else parts[0]
-            if self.hugging_face and name in ("visual.proj", "text_projection"):
+            value = parts[0]
+            if len(parts) == 3 and len({part.shape for part in parts}) == 1:
+                value = torch.cat(parts)
+            elif self.hugging_face and name in ("visual.proj", "text_projection"):
                 value = value.T
             if "temporal_prompts" in name and value.ndim == 3:
                 value = F.interpolate(value.float().mT, len(parameter[0]), mode="linear").mT
@@ -532,19 +535,20 @@ def read_weights(path):
 
 
 def _read(path, size):
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:  # TorchScript may compress its code, never read here
+    with open(path, "rb") as file:
+        header = file.read(9)
+        if header[8:] == b"{" and int.from_bytes(header[:8], "little") < size:
+            from safetensors.torch import load_file
+            return load_file(path)
+        if header.startswith(b"PK"):  # TorchScript may compress its code, which is never read
+            archive = zipfile.ZipFile(file)
             entries = [e for e in archive.infolist() if "/code/" not in e.filename]
             if any(e.compress_type or e.file_size > size for e in entries):
-                raise ValueError("entries of such an archive are stored uncompressed")
+                raise ValueError("the entries of an archive of weights are not compressed")
             if any(e.filename.endswith("/constants.pkl") for e in entries):
                 return _read_torchscript(archive)
-    with open(path, "rb") as stream:
-        header = stream.read(9)
-    if header[8:] == b"{" and int.from_bytes(header[:8], "little") < size:
-        from safetensors.torch import load_file
-        return load_file(path)
-    return torch.load(path, map_location="cpu", weights_only=True)
+        file.seek(0)  # not by its name, from which torch.load would take the format
+        return torch.load(file, map_location="cpu", weights_only=True)
 
 
 class _Unpickler(pickle._Unpickler):  # Python's own: no index in a file can inflate its memo

@@ -11,6 +11,7 @@ A run's folder receives last.pt, log.csv, curves.png and results.json.
 
 import argparse
 import csv
+import itertools
 import json
 import math
 import os
@@ -68,9 +69,9 @@ def parser():
     flag("--no-flip", action="store_true", help="never mirror; so if a class is left or right")
     flag("--no-augment", action="store_true", help="no random crops, mirroring and colours")
     # model
-    flag("--clip", help="ViT-B/32, ViT-B/16 (if nothing is given), ViT-L/14, ViT-L/14@336px, a file")
-    flag("--num-frames", type=at_least(1), help="frames per clip; 8 if nothing is given")
-    flag("--prompts", choices=("deep", "shallow", "none"), help="deep if nothing is given")
+    flag("--clip", help="ViT-B/32, ViT-B/16 (if not given), ViT-L/14, ViT-L/14@336px, or a file")
+    flag("--num-frames", type=at_least(1), help="frames per clip; 8 if not given")
+    flag("--prompts", choices=("deep", "shallow", "none"), help="deep if not given")
     flag("--no-adapters", action="store_true", help="leave out the adapters")
     flag("--temporal-adapter", action="store_true", help="add attention over time at every token")
     flag("--tune", choices=("new", "all"), default="new", help="train the new parts, or CLIP too")
@@ -91,8 +92,8 @@ def parser():
     flag("--eval-every", type=at_least(1), help="epochs; without it only at the end")
     flag("--shuffle-frames", action="store_true", help="a control: test clips in random order")
     flag("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="loading processes")
-    flag("--device", type=usable_device, help="of torch", default="cuda" if torch.cuda.is_available()
-         else "mps" if torch.backends.mps.is_available() else "cpu")
+    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else None
+    flag("--device", type=usable_device, default=gpu or "cpu", help="cuda, cuda:1, mps, cpu, ...")
     flag("--demo", action="store_true", help="the method on a rendered world; needs no --data")
     return p
 
@@ -104,7 +105,7 @@ MODEL = ("clip", "num_frames", "prompts", "no_adapters", "temporal_adapter", "tu
 
 
 def parse(argv):
-    """-> the flags, those of a checkpoint being the defaults, and our checkpoint if one is named."""
+    """-> the flags, those of a checkpoint being the defaults, and that checkpoint if it is ours."""
     p = parser()
     args, saved = p.parse_args(argv), None
     if not (args.data or args.demo or args.resume and args.out):
@@ -123,7 +124,7 @@ def parse(argv):
                    if args.resume and getattr(args, key) != saved["args"][key]]
         if changed:
             raise ValueError(f"{path}: the run was started with {', '.join(changed)}")
-    elif args.resume and not args.data:
+    elif args.resume and not (args.data or args.demo):
         raise ValueError(f"{path}: no run to resume, and no --data to start one")
     return args, saved
 
@@ -233,7 +234,8 @@ def evaluate(model, classes, clips, args):
             best = probabilities.topk(min(5, len(classes))).indices.cpu() == labels[:, None]
             hits += torch.stack([best[:, 0].sum(), best.sum()])
     top1, top5 = (100 * hits / len(clips)).tolist()
-    return {"top1": round(top1, 2), "top5": round(top5, 2), "n": len(clips), "classes": len(classes)}
+    return {"top1": round(top1, 2), "top5": round(top5, 2), "n": len(clips),
+            "classes": len(classes)}
 
 
 def evaluate_all(model, tests, args):
@@ -255,8 +257,8 @@ def write(path, save):
 
 
 def batches(n, size, start, stop, seed):
-    """Keys (epoch, clip) of the steps start..stop. A new order every epoch; an incomplete last batch
-    is dropped unless it is the only one."""
+    """Keys (epoch, clip) of the steps from start to stop, in a new order every epoch. An incomplete
+    last batch is dropped unless it is the only one."""
     per_epoch = max(1, n // size)
     for step in range(start, stop):
         epoch, k = divmod(step, per_epoch)
@@ -268,14 +270,14 @@ def batches(n, size, start, stop, seed):
 def train(model, classes, clips, tests, args, saved):
     """Train from the first step, or from where `saved` stood; returns the results and the seconds.
 
-    No random state has to be kept: a step's is a function of (seed, step), a clip's of (seed, epoch,
-    clip). So a resumed run takes the very steps of one that was never stopped.
+    No random state has to be kept: a step's is a function of (seed, step), a clip's of (seed,
+    epoch, clip). So a resumed run takes the very steps of one that was never stopped.
     """
     out, device = Path(args.out), torch.device(args.device)
     words = {word for name in classes for word in data.class_text(name).split()}
     flip = not (args.no_augment or args.no_flip or words & {"left", "right"})
-    print(f"{len(clips)} clips of {len(classes)} classes, {'' if flip else 'not '}mirrored; training "
-          f"{sum(p.numel() for p in trained(model).values()):,} parameters on {args.device}")
+    print(f"training {sum(p.numel() for p in trained(model).values()):,} parameters on {args.device}, "
+          f"{len(clips)} clips of {len(classes)} classes, {'' if flip else 'not '}mirrored")
     dataset = data.Clips(args.data, clips, args.num_frames, model.config.image_size, train=True,
                          augment=not args.no_augment, flip=flip, seed=args.seed)
     tokens = tokens_of(classes, args, model)
@@ -365,28 +367,59 @@ def write_log(path, rows):
     write(path, save)
 
 
-def figure(width, height, **grid):
-    """-> matplotlib's figure and axes, in the one style of this project (colours of Okabe and Ito)."""
+def figure(width, height, mosaic, **options):
+    """-> figure, {name: axis}, in the one style of all pictures; the colours are Okabe and Ito's."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
-                         "axes.prop_cycle": plt.cycler(color=["#0072B2", "#D55E00", "#009E73"])})
-    return plt.subplots(figsize=(width, height), layout="constrained", **grid)
+    colours = plt.cycler(color=["#0072B2", "#E69F00", "#009E73"])
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
+                         "legend.frameon": False, "axes.prop_cycle": colours})
+    return plt.subplot_mosaic(mosaic, figsize=(width, height), layout="constrained", **options)
+
+
+def save_figure(fig, path):
+    write(path, lambda temporary: fig.savefig(temporary, dpi=120, format="png"))
+    fig.clf()
 
 
 def plot_curves(path, rows):
     """Losses per epoch, and accuracy where it was measured."""
-    fig, (left, right) = figure(8, 3, ncols=2)
-    for axis, names in ((left, ("loss", "contrastive", "motion")),
-                        (right, [key for key in rows[-1] if key.endswith("top1")])):
+    fig, axes = figure(8, 3, [["left", "right"]])
+    curves = {"left": ("loss", "contrastive", "motion"),
+              "right": [key for key in rows[-1] if key.endswith("top1")]}
+    for side, names in curves.items():
         for name in names:
             points = [(row["epoch"], row[name]) for row in rows if name in row]
-            axis.plot(*zip(*points), label=name, marker="o" if len(points) < 20 else "")
-            axis.legend()
-    left.set(xlabel="epoch", ylabel="mean loss (nats)")
-    right.set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
-    write(path, lambda temporary: fig.savefig(temporary, dpi=120, format="png"))
+            axes[side].plot(*zip(*points), label=name, marker="o" if len(points) < 20 else "")
+            axes[side].legend()
+    axes["left"].set(xlabel="epoch", ylabel="mean loss (nats)")
+    axes["right"].set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
+    save_figure(fig, path)
+
+
+def plot_demo(path, frames, table):
+    """A strip of frames for each of eight actions, and below them the table as bars."""
+    words = [word for twins in data.TWINS for word in twins]
+    mosaic = [*zip(words[::2], words[1::2]), ("bars", "bars")]
+    fig, axes = figure(8, 7, mosaic, height_ratios=[1, 1, 1, 1, 5])
+    for colour, word in zip(itertools.cycle(data.COLOURS), words):
+        name = data.demo_class(colour, word)
+        clip = next((frames / name).iterdir())
+        strip = [np.asarray(data.read_frame(clip / n)) for n in data.frame_names(clip)]
+        axes[word].imshow(np.concatenate(strip, 1))
+        axes[word].set_title(name, fontsize=9)
+        axes[word].axis("off")
+    for i, key in enumerate(("base", "novel", "harmonic_mean")):
+        values = [row[key] for row in table]
+        bars = axes["bars"].bar(np.arange(len(table)) + (i - 1) * 0.28, values, 0.26,
+                                label=key.replace("_", " "))
+        axes["bars"].bar_label(bars, fmt="%.0f", fontsize=8)
+    axes["bars"].axhline(50, color="0.5", linestyle=":", zorder=0)
+    axes["bars"].set_xticks(range(len(table)), [row["row"] for row in table])
+    axes["bars"].set(ylabel="top-1 accuracy (%)", ylim=(0, 105))
+    axes["bars"].legend(ncols=3, loc="upper left")
+    save_figure(fig, path)
 
 
 def write_results(out, argv, args, trainable, seconds, results):
@@ -396,10 +429,11 @@ def write_results(out, argv, args, trainable, seconds, results):
                "versions": versions, "device": args.device, "trainable": trainable,
                "seconds": round(seconds, 1), "results": results}
     write(out / "results.json", lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+    return content
 
 
 def run(argv):
-    """Train and evaluate as the flags say; -> {test set: result}. An argv is a command to repeat."""
+    """Train and evaluate as the flags say; returns the content of results.json."""
     began = time.monotonic()
     args, saved = parse(argv)
     out = run_folder(args)
@@ -407,22 +441,80 @@ def run(argv):
     model = build_model(args, saved)
     args.out, trainable = str(out), sum(p.numel() for p in trained(model).values())
     if not args.eval_only and not (clips and trainable):
-        raise ValueError(f"{args.data}: no training clips" if trainable else
-                         "nothing to train, without prompts, without adapters and without --tune all")
+        raise ValueError(f"{args.data}: no training clips" if trainable else "nothing to train: "
+                         "no prompts, no adapters, no --tune all")
     out.mkdir(parents=True, exist_ok=True)
     if args.eval_only:
         results, seconds = evaluate_all(model, tests, args)[0], time.monotonic() - began
     else:
         results, seconds = train(model, classes, clips, tests, args, saved if args.resume else None)
-    write_results(out, argv, args, trainable, seconds, results)
-    return results
+    return write_results(out, argv, args, trainable, seconds, results)
+
+
+def ablate(out, common, rows):
+    """Run a command per row (name, flags, folder) and print the table of their results; returns it
+    and the largest number of trainable parameters."""
+    table, count = [], 0
+    for name, flags, folder in rows:
+        argv = [*common, *flags, "--out", str(out / folder)]
+        print(f"\n{name}: {shlex.join(['python', 'train.py', *argv])}", flush=True)
+        content = run(argv)
+        results, count = content["results"], max(count, content["trainable"])
+        base, novel = results["base"]["top1"], results["novel"]["top1"]
+        mean = 2 * base * novel / max(base + novel, 1e-9)
+        table.append({"row": name, "base": base, "novel": novel, "harmonic_mean": round(mean, 2),
+                      "n": results["base"]["n"] + results["novel"]["n"]})
+    print("\n| row | base | novel | harmonic mean | n |\n|---|---|---|---|---|")
+    for row in table:
+        print("| {row} | {base:.1f} | {novel:.1f} | {harmonic_mean:.1f} | {n} |".format(**row))
+    return table, count
+
+
+PRETRAINING = ("--tune all --num-frames 1 --prompts none --no-adapters --motion-weight 0 "
+               "--epochs 5 --batch-size 128 --lr 2e-3 --weight-decay 0.02")
+ADAPTATION = "--num-frames 4 --epochs 33 --batch-size 32 --lr 8e-3 --weight-decay 1 --prompt-lr 0.1"
 
 
 def demo(argv):
-    args, _ = parse(argv)
+    """The method in small: a tiny CLIP learns a rendered world from stills, then is adapted to its
+    actions. These come in pairs that are each other backwards: who averages frames, guesses."""
+    began, args = time.monotonic(), parse(argv)[0]
+    usual = vars(parser().parse_args(["--demo"]))
+    own = ("seed", "out", "resume", "workers", "device")
+    foreign = [key for key, value in vars(args).items() if key not in own and value != usual[key]]
+    if foreign:
+        raise ValueError(f"--demo has its own --{foreign[0].replace('_', '-')}; it takes "
+                         + " ".join(f"--{key}" for key in own))
     out = run_folder(args)
-    data.demo(out / "stills", args.seed, stills=True)
-    data.demo(out / "frames", args.seed)
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("stills", "frames"):
+        if not (out / name).exists():
+            data.demo(out / name, args.seed, stills=name == "stills")
+    torch.manual_seed(args.seed)
+    model = EZCLIP(Config(embed_dim=64, image_size=32, patch_size=8, vision_width=64,
+                          vision_layers=3, text_width=64, text_layers=2, prompts="none",
+                          adapters=False))
+    torch.nn.init.normal_(model.visual.positional_embedding, std=0.7)  # else places are not learnt
+    write(out / "random.pt", lambda path: torch.save(model.state_dict(), path))
+
+    common = ["--templates", "{}", "--no-augment", "--seed", str(args.seed),
+              "--device", args.device, "--workers", str(args.workers), *["--resume"] * args.resume]
+    stills = run([*common, "--data", str(out / "stills"), "--clip", str(out / "random.pt"),
+                  *PRETRAINING.split(), "--out", str(out / "clip")])["results"]["stills"]
+    if stills["top1"] < 90:
+        raise ValueError(f"the tiny CLIP names only {stills['top1']} % of the stills: stopped")
+    clip = str(out / "clip/last.pt")
+    common += ["--data", str(out / "frames"), "--base-to-novel", *ADAPTATION.split()]
+    table, trainable = ablate(out, common, [
+        ("frozen CLIP", ["--clip", clip, "--eval-only"], "frozen"),
+        ("+ adapters", ["--clip", clip, "--prompts", "none", "--motion-weight", "0"], "adapters"),
+        ("+ temporal prompts", ["--clip", clip, "--motion-weight", "0"], "prompts"),
+        ("+ motion loss", ["--clip", clip, "--motion-weight", "0.1"], "motion"),
+        ("prompts, frames shuffled", ["--checkpoint", str(out / "prompts/last.pt"),
+                                      "--eval-only", "--shuffle-frames"], "shuffled")])
+    plot_demo(out / "demo.png", out / "frames", table)
+    write_results(out, argv, args, trainable, time.monotonic() - began, {"demo": table})
+    print(f"{time.monotonic() - began:.0f} s; {out}/results.json, {out}/demo.png")
 
 
 def main():
