@@ -55,6 +55,8 @@ def index_frames(root, train_list=None, test_list=None, labels=None):
     Raises OSError or ValueError that names the folder, or the list and its line.
     """
     root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
     folders = _folders(root)
     flat = bool(folders and frame_names(root / folders[0], needed=False))
     clips = folders if flat else [f"{f}/{clip}" for f in folders for clip in _folders(root / f)]
@@ -97,9 +99,10 @@ def index_frames(root, train_list=None, test_list=None, labels=None):
 
 
 def _checked(root, splits):
-    """Open the first frame of each class: a broken data set is to show now, not after hours."""
-    for folder in {label: clip for split in splits for clip, label in reversed(split)}.values():
-        read_frame(root / folder / frame_names(root / folder)[0])
+    """Open each class's first frame in each split: broken data is to show now, not after hours."""
+    for split in splits:
+        for clip in {label: clip for clip, label in reversed(split)}.values():
+            read_frame(root / clip / frame_names(root / clip)[0])
     return splits
 
 

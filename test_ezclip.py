@@ -16,6 +16,7 @@ import sys
 import zipfile
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -523,3 +524,563 @@ def test_ezclip_works_alone(tmp_path):
     result = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                             text=True, env={**os.environ, "PYTHONPATH": ""})
     assert result.stdout.strip() == "torch.Size([1, 2])", result.stderr
+
+
+# ---- the tokenizer ----
+
+def test_vocabulary_file_is_openais():
+    digest = hashlib.sha256(clip_tokenizer.VOCABULARY.read_bytes()).hexdigest()
+    assert digest == "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a"
+
+
+def test_tokens_of_known_texts():
+    tokens = clip_tokenizer.tokenize(["a photo of a cat", ""])
+    assert tokens.shape == (2, 77) and tokens.dtype == torch.long
+    assert tokens[0, :8].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407, 0]
+    assert tokens[1, :3].tolist() == [49406, 49407, 0]
+    assert clip_tokenizer.encode("Hello&amp;amp; WORLD's  12") == [3306, 261, 1002, 568, 272, 273]
+    text = "naïve café 日本 "
+    assert clip_tokenizer.decode(clip_tokenizer.encode(text)) == text
+
+
+def test_long_texts():
+    text = "word " * 80
+    with pytest.raises(ValueError, match="82 tokens.*77 fit"):
+        clip_tokenizer.tokenize(text)
+    cut = clip_tokenizer.tokenize(text, truncate=True)
+    assert cut.shape == (1, 77) and cut[0, -1] == 49407 and cut[0, -2] == cut[0, 1]
+    assert clip_tokenizer.tokenize("word " * 75)[0, -1] == 49407
+
+
+def test_tokens_equal_openais():
+    openai, rng = peer("simple_tokenizer").SimpleTokenizer(), random.Random(0)
+    alphabets = [range(32, 127), range(0x250), range(0x370, 0x600), range(0x3000, 0x9FFF),
+                 range(0x1F300, 0x1FAFF), range(0xD800), [ord(c) for c in " '&;<>|stdmlre\n\u0130"]]
+    texts = ["it's THEY'LL we'd", "&amp;lt;b&gt;", "<|endoftext|>a<|StartOfText|>", "1½² Ⅷ\x85"]
+    texts += ["".join(chr(rng.choice(rng.choice(alphabets))) for _ in range(rng.randrange(40)))
+              for _ in range(1500)]
+    for text in texts:
+        ids = openai.encode(text)
+        assert clip_tokenizer.encode(text) == ids
+        assert clip_tokenizer.decode(ids) == openai.decode(ids)
+
+
+# ---- frames on disk ----
+
+def save_frames(folder, count=5, size=(48, 40), value=None, name="img_{:05d}.jpg", first=1):
+    folder.mkdir(parents=True)
+    for i in range(count):
+        colour = (40 * (i % 6), value or 0, 90)
+        Image.new("RGB", size, colour).save(folder / name.format(i + first))
+    return folder
+
+
+def frames_folder(root, names=("Archery", "BabyCrawling"), clips=6, count=5):
+    for i, name in enumerate(names):
+        for k in range(clips):
+            save_frames(root / name / f"clip{k}", count, value=100 * i + 1)
+    return root
+
+
+def test_class_names_become_words():
+    for name, words in (("ApplyEyeMakeup", "apply eye makeup"), ("brush_hair", "brush hair"),
+                        ("YoYo", "yo yo"), ("moving to the left", "moving to the left")):
+        assert data.class_text(name) == words
+
+
+def test_evaluation_takes_the_official_frames():
+    for count, frames in ((8, 8), (12, 4), (164, 8), (300, 16), (5, 8), (1, 8), (7, 1), (6, 1)):
+        if frames == 1:
+            official = [count // 2 + 1]
+        elif count < frames:
+            official = [math.floor(i * count / frames) + 1 for i in range(frames)]
+        else:
+            official = [math.floor(i * count / frames + (count / frames - 1) / 2) + 1
+                        for i in range(frames)]
+        assert (data.sample_frames(count, frames) + 1).tolist() == official
+    assert data.sample_frames(12, 4).tolist() == [1, 4, 7, 10]  # symmetric, as the demo needs
+
+
+def test_training_takes_a_random_frame_of_each_segment():
+    rng = np.random.default_rng(0)
+    drawn = np.array([data.sample_frames(20, 8, rng) for _ in range(400)])
+    for i, column in enumerate(drawn.T):
+        assert set(column) == set(range(20 * i // 8, 20 * (i + 1) // 8))
+    for count in (1, 3, 8):
+        short = data.sample_frames(count, 8, rng)
+        assert len(short) == 8 and set(short) == set(range(count)) and (np.diff(short) >= 0).all()
+
+
+@pytest.mark.parametrize("size", [(320, 240), (240, 320), (341, 256), (77, 50), (64, 64)])
+def test_evaluation_crop_is_resize_and_centre_crop(size):
+    pixels = np.random.default_rng(0).integers(256, size=(size[1], size[0], 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((size[0], size[1]))
+    short = v2.functional.resize(image, 56 * 256 // 224, v2.InterpolationMode.BICUBIC)
+    expected = np.asarray(v2.functional.center_crop(short, 56)).astype(int)
+    assert abs(data.crop_frame(image, 56) - expected).max() <= 1
+
+
+def test_multi_scale_crops():
+    rng, image = np.random.default_rng(0), Image.new("RGB", (100, 80))
+    draws = {data.random_crop(rng) for _ in range(4000)}
+    assert len(draws) == 10 * 13 and all(data.crop_frame(image, 32, d).shape == (32, 32, 3)
+                                         for d in draws)
+    ramp = Image.fromarray(np.tile(np.arange(100, dtype=np.uint8), (80, 1))).convert("RGB")
+    left, right = (data.crop_frame(ramp, 32, ((0.66, 0.66), (x, 2))) for x in (0, 4))
+    assert left.min() <= 1 and left.max() <= 53 and right.min() >= 46 and right.max() >= 97
+
+
+def test_clips_are_a_function_of_seed_epoch_and_index(tmp_path):
+    root = frames_folder(tmp_path / "frames")
+    for i, path in enumerate(sorted(root.glob("*/*/*"))):  # frames that differ from side to side
+        noise = np.random.default_rng(i).integers(256, size=(40, 48, 3), dtype=np.uint8)
+        Image.fromarray(noise).save(path)
+    classes, train_clips, _ = data.index_frames(root)
+
+    def clip(seed=0, epoch=0, index=0, **options):
+        options = {"train": True, "augment": True, "flip": True, **options}
+        return data.Clips(root, train_clips, 4, 32, seed=seed, **options)[epoch, index][0]
+
+    first = clip()
+    assert first.shape == (4, 3, 32, 32) and first.dtype == torch.uint8
+    assert torch.equal(first, clip())
+    for other in (clip(seed=1), clip(epoch=1), clip(index=1)):
+        assert not torch.equal(first, other)
+    flips = [torch.equal(clip(epoch=e).flip(-1), clip(epoch=e, flip=False)) for e in range(40)]
+    same = [torch.equal(clip(epoch=e), clip(epoch=e, flip=False)) for e in range(40)]
+    assert 8 < sum(flips) < 32 and sum(flips) + sum(same) == 40
+    assert torch.equal(clip(train=False, augment=False), clip(5, 6, train=False, augment=False))
+
+
+def test_colour_is_drawn_once_per_clip():
+    torch.manual_seed(0)
+    frame = torch.randint(256, (3, 16, 16), dtype=torch.uint8)
+    videos = data.jitter_colour(frame.expand(12, 4, 3, 16, 16))
+    assert videos.dtype == torch.uint8 and all(torch.equal(v[0], v[3]) for v in videos)
+    assert len({v.numpy().tobytes() for v in videos}) > 6
+
+
+def test_folders_and_frames_as_users_have_them(tmp_path):
+    root = tmp_path / "frames"
+    save_frames(root / "Brush hair #(1)" / "a clip.avi", 12, first=0)
+    save_frames(root / "Brush hair #(1)" / "b.mp4", 1, name="{}.png")
+    gaps = save_frames(root / "Übung" / "c", 3, name="frame{:d}.jpeg", first=9)
+    for name in ("flow_x_00001.jpg", "flow_y_00001.jpg", "x_00001.jpg", "y_00002.jpg", "notes.txt"):
+        (gaps / name).write_bytes(b"no frame")
+    (root / ".hidden").mkdir()
+    (root / "readme.txt").write_text("hello")
+    real = save_frames(tmp_path / "elsewhere", 2)
+    (root / "Übung" / "linked").symlink_to(real)
+    classes, train_clips, test_clips = data.index_frames(root)
+    assert classes == ["Brush hair #(1)", "Übung"] and len(train_clips) + len(test_clips) == 4
+    assert data.frame_names(gaps) == ["frame9.jpeg", "frame10.jpeg", "frame11.jpeg"]
+    for mode, size in (("L", (31, 17)), ("CMYK", (20, 90)), ("RGB", (1, 1))):
+        path = real / "img_00003.jpg"
+        Image.new(mode, size).save(path)
+        assert data.crop_frame(data.read_frame(path), 32).shape == (32, 32, 3)
+    for clips in (train_clips, test_clips):
+        loaded = data.Clips(root, clips, 8, 32)
+        assert all(loaded[0, i][0].shape == (8, 3, 32, 32) for i in range(len(clips)))
+
+
+def test_splits_without_lists(tmp_path):
+    root = frames_folder(tmp_path / "frames", clips=11)
+    save_frames(root / "Zumba" / "only")
+    classes, train_clips, test_clips = data.index_frames(root)
+    assert classes == ["Archery", "BabyCrawling", "Zumba"]
+    per_class = np.bincount([label for _, label in test_clips], minlength=3)
+    assert per_class.tolist() == [2, 2, 0] and len(train_clips) == 19
+    hashes = {hashlib.sha256(f"clip{k}".encode()).hexdigest(): k for k in range(11)}
+    smallest = {f"Archery/clip{hashes[h]}" for h in sorted(hashes)[:2]}
+    assert {clip for clip, label in test_clips if label == 0} == smallest
+    ucf = tmp_path / "ucf"
+    for group in (1, 7, 8, 25):
+        save_frames(ucf / "HandstandPushups" / f"v_HandStandPushups_g{group:02d}_c01")
+        save_frames(ucf / "Archery" / f"v_Archery_g{group:02d}_c03.avi")
+    _, train_clips, test_clips = data.index_frames(ucf)
+    for clips, groups in ((train_clips, ("_g08", "_g25")), (test_clips, ("_g01", "_g07"))):
+        assert len(clips) == 4 and all(any(g in clip for g in groups) for clip, _ in clips)
+
+
+def test_lists_of_other_machines(tmp_path):
+    root = frames_folder(tmp_path / "frames", clips=3)
+    flat = tmp_path / "flat"
+    for k in range(3):
+        save_frames(flat / f"v {k}.avi")
+    names = "\ufeffid,name\r\n7,Baby Crawling\r\n3,\"Archery, aiming\"\r\n"
+    (tmp_path / "labels.csv").write_text(names, encoding="utf-8", newline="")
+    lists = {
+        "official": "/home/me/data/frames/Archery/clip1 5 0\n/home/me/BabyCrawling/clip0 5 1\n",
+        "spaces": "Archery/clip1\t 5   0\r\n\r\nBabyCrawling\\clip0.mp4 1\r\n",
+        "unlabelled": "Archery/clip1.avi\nBabyCrawling/clip0.avi\n"}
+    for name, text in lists.items():
+        (tmp_path / name).write_text(text, newline="")
+        classes, train_clips, test_clips = data.index_frames(root, tmp_path / name, tmp_path / name)
+        assert classes == ["Archery", "BabyCrawling"]
+        assert train_clips == test_clips == [("Archery/clip1", 0), ("BabyCrawling/clip0", 1)]
+    (tmp_path / "flat.txt").write_text("D:\\x\\v 1.avi 31 7\nv 2 3\n/a/b/v 0.avi 3\n")
+    classes, train_clips, test_clips = data.index_frames(flat, tmp_path / "flat.txt", None,
+                                                         tmp_path / "labels.csv")
+    assert classes == ["Archery, aiming", "Baby Crawling"] and test_clips == []
+    assert train_clips == [("v 1.avi", 1), ("v 2.avi", 0), ("v 0.avi", 0)]
+
+
+@pytest.mark.parametrize("line, word", [
+    ("Archery/clip9 5 0", "no folder"), ("Archery/clip1 5 x", "label"), ("clip1 5 0", "several"),
+    ("Archery/clip1 5 2", "label 2 has no name"), ("Archery/clip1 5 -1", "label"),
+    ("Archery/clip1 5 1", "give --labels"), ("Archery/clip2 0\nBoth", "no folder")])
+def test_bad_list_lines_are_named(tmp_path, line, word):
+    root = frames_folder(tmp_path / "frames", clips=3)
+    path = tmp_path / "list.txt"
+    path.write_text(f"Archery/clip0 5 0\n{line}\n")
+    number = 2 + line.count("\n")
+    with pytest.raises(ValueError, match=word) as error:
+        data.index_frames(root, path)
+    assert f"{path}:{number}:" in str(error.value)
+
+
+# ---- videos to frames, and the demo world ----
+
+def make_video(path, frames=12, size="64x48", codec="mpeg4"):
+    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi", "-i",
+                    f"testsrc=size={size}:rate=10", "-frames:v", str(frames), "-c:v", codec, path],
+                   check=True)
+
+
+def test_extraction(tmp_path, capsys):
+    videos, frames = tmp_path / "videos", tmp_path / "frames"
+    make_video(videos / "Wave hand" / "a.b #1.avi")
+    make_video(videos / "Wave hand" / "tall.MP4", 7, size="48x96")
+    make_video(videos / "Clap" / "c.mkv", 5)
+    (videos / "Clap" / "broken.mp4").write_bytes(b"no video")
+    (videos / "Clap" / "notes.txt").write_text("ignored")
+    assert data.extract(videos, frames) == 3
+    said = capsys.readouterr()
+    assert str(videos / "Clap" / "broken.mp4") in said.err and "3 of 4" in said.out
+    found = {str(p.relative_to(frames)): len(data.frame_names(p)) for p in frames.glob("*/*")}
+    assert found == {"Wave hand/a.b #1": 12, "Wave hand/tall": 7, "Clap/c": 5}
+    assert data.frame_names(frames / "Clap/c")[0] == "img_00001.jpg"
+    assert Image.open(frames / "Clap/c/img_00005.jpg").size == (341, 256)
+    assert Image.open(frames / "Wave hand/tall/img_00001.jpg").size == (256, 512)
+
+    kept = frames / "Clap/c/img_00001.jpg"
+    before = kept.stat().st_mtime_ns  # what is complete is not made again, what is missing is
+    half = frames / "Wave hand/.tall.part"
+    (frames / "Wave hand/tall").rename(half)
+    (half / "img_00009.jpg").write_bytes(b"left by a run that was killed")
+    assert data.index_frames(frames)[0] == ["Clap", "Wave hand"]
+    assert data.extract(videos, frames) == 3 and kept.stat().st_mtime_ns == before
+    assert len(data.frame_names(frames / "Wave hand/tall")) == 7 and not half.exists()
+
+    make_video(videos / "Clap" / "c.webm", 3, codec="libvpx")
+    with pytest.raises(ValueError, match="c.mkv.*c.webm"):
+        data.extract(videos, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_demo_world(tmp_path):
+    t = np.linspace(1, -1, 12)
+    for pair in range(4):  # twins are each other backwards, but for the noise
+        there, back = (data.demo_frames("red", pair, way * t, np.random.default_rng(5)).astype(int)
+                       for way in (1, -1))
+        assert there.shape == (12, 36, 36, 3) and abs(there - back[::-1]).max() < 60
+        assert abs(there[0] - there[-1]).max() > 60
+    assert data.demo_class("red", "left") == "a red shape moving to the left"
+    assert data.demo_class("red", "left", still=True) == "a red shape at the left"
+    assert data.demo_class("white", "large") == "a white shape getting large"
+    assert data.demo_class("white", "faint", still=True) == "a white shape that is faint"
+
+
+# ---- training and evaluation ----
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """`frames` on disk, a small `clip`, and the flags `common` to a run of a second."""
+    folder = tmp_path_factory.mktemp("world")
+    frames = str(frames_folder(folder / "frames", ("Archery", "BabyCrawling", "Clap")))
+    torch.manual_seed(0)
+    model = EZCLIP(Config(**{**SMALL, "vision_width": 64, "vision_layers": 2, "vocab_size": 49408,
+                             "context_length": 77, "prompts": "none", "adapters": False}))
+    clip = str(folder / "clip.pt")
+    torch.save(model.state_dict(), clip)
+    common = ["--data", frames, "--clip", clip, "--num-frames", "4", "--epochs", "3",
+              "--batch-size", "4", "--lr", "1e-3", "--workers", "0", "--device", "cpu"]
+    return SimpleNamespace(frames=frames, clip=clip, common=common)
+
+
+def command(argv, monkeypatch):
+    """What `python train.py ...` prints as errors, and its exit status."""
+    monkeypatch.setattr(sys, "argv", ["train.py", *map(str, argv)])
+    errors = io.StringIO()
+    with contextlib.redirect_stderr(errors):
+        try:
+            train.main()
+        except SystemExit as stop:
+            return stop.code, errors.getvalue()
+    return 0, errors.getvalue()
+
+
+def test_a_run_and_what_it_leaves(world, tmp_path):
+    out = tmp_path / "run"
+    content = train.run([*world.common, "--out", str(out), "--eval-every", "2"])
+    assert json.loads((out / "results.json").read_text()) == content
+    assert content["command"].startswith("python train.py --data ") and content["seed"] == 0
+    assert content["versions"]["torch"] == torch.__version__ and content["device"] == "cpu"
+    result = content["results"]["frames"]
+    assert result["n"] == 3 and result["classes"] == 3 and result["top5"] == 100.0
+    rows = list(csv.DictReader((out / "log.csv").open()))
+    assert [row["epoch"] for row in rows] == ["1", "2", "3"]
+    assert [row["frames top1"] != "" for row in rows] == [False, True, True]
+    assert float(rows[2]["frames top1"]) == pytest.approx(result["top1"], abs=0.01)
+    for row in rows:
+        total = float(row["contrastive"]) + float(row["motion"])
+        assert float(row["loss"]) == pytest.approx(total, rel=1e-4)
+    with Image.open(out / "curves.png") as picture:
+        assert picture.size == (960, 360)
+    saved = torch.load(out / "last.pt", weights_only=True)
+    sizes = sum(v.numel() for v in saved["state_dict"].values())
+    assert content["trainable"] == sizes and all(map(ezclip.is_new, saved["state_dict"]))
+    assert saved["step"] == 9 and saved["classes"] == ["Archery", "BabyCrawling", "Clap"]
+    digest = hashlib.sha256(Path(world.clip).read_bytes()).hexdigest()
+    assert saved["backbone_sha256"] == digest and not list(out.glob("*.tmp"))
+
+
+def test_training_moves_what_is_trainable_and_nothing_else(world, tmp_path):
+    before = {}
+    original = train.train
+
+    def spy(model, *rest):
+        before.update({k: v.clone() for k, v in model.state_dict().items()})
+        spy.model = model
+        return original(model, *rest)
+
+    for flags in ((), ("--tune", "all"), ("--prompts", "none", "--temporal-adapter")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, "train", spy)
+            train.run([*world.common, *flags, "--out", str(tmp_path / "-".join(("run", *flags)))])
+        for name, value in spy.model.state_dict().items():
+            moved = not torch.equal(value, before[name])
+            assert moved == (ezclip.is_new(name) or "--tune" in flags), (name, flags)
+
+
+def stop_after(steps, monkeypatch):
+    """Make the next run fail after some steps, each of which saves last.pt."""
+    loader = data.loader
+
+    def stopping(*args, **kwargs):
+        for i, batch in enumerate(loader(*args, **kwargs)):
+            if i == steps:
+                raise ConnectionError("power cut")
+            yield batch
+
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(data, "loader", stopping)
+
+
+@pytest.mark.parametrize("steps", [2, 3, 7])
+def test_a_resumed_run_equals_one_that_never_stopped(world, tmp_path, monkeypatch, steps):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    flags = [*world.common, "--prompt-lr", "0.01", "--seed", "3"]
+    results = train.run([*flags, "--out", str(whole)])["results"]
+    with monkeypatch.context() as patch:
+        stop_after(steps, patch)
+        with pytest.raises(ConnectionError):
+            train.run([*flags, "--out", str(broken)])
+    assert torch.load(broken / "last.pt", weights_only=True)["step"] == steps
+    resumed = train.run(["--resume", "--out", str(broken), "--workers", "2"])
+    assert resumed["results"] == results
+    a, b = (torch.load(out / "last.pt", weights_only=True) for out in (whole, broken))
+    assert a["step"] == b["step"] == 9
+    assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
+    columns = ("epoch", "loss", "contrastive", "motion", "lr")
+    for x, y in zip(a["rows"], b["rows"], strict=True):
+        assert [x[c] for c in columns] == [y[c] for c in columns]
+    again = train.run([*flags, "--out", str(broken), "--resume"])  # finished: only evaluates
+    assert again["results"] == results
+
+
+def test_resume_starts_where_nothing_is_and_refuses_another_run(world, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    assert train.run([*world.common, "--out", str(out), "--resume"])["results"]
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    for flags, words in ((["--resume", "--lr", "0.5"], ["--lr 0.001"]),
+                         (["--resume", "--num-frames", "2"], ["--num-frames 4"]),
+                         ([], ["holds a run", "--resume"])):
+        status, errors = command([*world.common, *flags, "--out", out], monkeypatch)
+        assert status == 2 and errors.count("\n") == 1 and all(word in errors for word in words)
+    assert before == {path: path.read_bytes() for path in out.iterdir()}
+
+
+def test_folders_of_runs_are_counted(world, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    flags = [*world.common, "--epochs", "1"]
+    for _ in range(2):
+        train.run(flags)
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["frames", "frames-2"]
+    train.run(["--data", world.frames, "--resume"])  # the last one
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_checkpoints_are_evaluated(world, tmp_path, monkeypatch):
+    content = train.run([*world.common, "--prompts", "shallow", "--out", str(tmp_path / "run")])
+    evaluate = ["--data", world.frames, "--workers", "0", "--device", "cpu", "--eval-only"]
+    ours = [*evaluate, "--checkpoint", str(tmp_path / "run/last.pt"), "--out"]
+    assert train.run([*ours, str(tmp_path / "eval")])["results"] == content["results"]
+    assert train.run([*ours, str(tmp_path / "shuffled"), "--shuffle-frames"])["results"]
+    state = official_state(vision_width=64, vocab_size=49408, context_length=77, num_frames=5)
+    torch.save({"model_state_dict": state, "epoch": 1}, tmp_path / "official.pt")
+    official = [*evaluate, "--checkpoint", str(tmp_path / "official.pt"), "--out"]
+    assert train.run([*official, str(tmp_path / "official")])["trainable"] > 0
+    plain = [*evaluate, "--clip", world.clip, "--out", str(tmp_path / "plain")]
+    assert train.run(plain)["results"]["frames"]["n"] == 3
+    other = {**torch.load(world.clip, weights_only=True), "logit_scale": torch.tensor(1.0)}
+    torch.save(other, tmp_path / "other.pt")
+    for file, flags, words in (
+            ("official.pt", ["--clip", world.clip], "leave --clip"),
+            (world.clip, [], "is plain CLIP"),
+            ("none.pt", [], "none.pt"),
+            ("run/last.pt", ["--clip", tmp_path / "other.pt"], "another CLIP"),
+            ("run/last.pt", ["--num-frames", 2], "a model of these flags")):
+        flags = [*evaluate, "--checkpoint", tmp_path / file, *flags, "--out", tmp_path / "no"]
+        status, errors = command(flags, monkeypatch)
+        assert status == 2 and words in errors and errors.count("\n") == 1, errors
+    assert not (tmp_path / "no").exists()
+
+
+def test_accuracy_counts_every_clip(world, monkeypatch):
+    """Against a loop over clips and templates; the batches do not divide the number of clips."""
+    templates = ["{}", "a video of {}, an action"]
+    args = train.parser().parse_args([*world.common, "--templates", *templates])
+    classes, clips, _ = data.index_frames(world.frames)
+    model = EZCLIP.from_pretrained(world.clip, num_frames=4)
+    hits = 0
+    for folder, label in clips:
+        names = sorted(os.listdir(Path(world.frames, folder)))
+        picked = [names[i] for i in data.sample_frames(len(names), 4)]
+        images = [data.read_frame(Path(world.frames, folder, name)) for name in picked]
+        video = torch.tensor(np.stack([data.crop_frame(image, 32) for image in images]))
+        features = model.encode_video(video.permute(0, 3, 1, 2)[None]).detach()
+        probabilities = 0
+        for template in templates:
+            texts = [template.replace("{}", data.class_text(name)) for name in classes]
+            texts = model.encode_text(clip_tokenizer.tokenize(texts)).detach()
+            cosine = torch.cosine_similarity(features, texts)
+            probabilities += (100 * cosine).softmax(-1) / 2
+        hits += int(probabilities.argmax() == label)
+    result = train.evaluate(model, classes, clips, args)
+    assert result == {"top1": round(100 * hits / 15, 2), "top5": 100.0, "n": 15, "classes": 3}
+
+
+def test_batches_are_a_function_of_the_step():
+    whole = list(train.batches(10, 4, 0, 6, seed=1))
+    assert list(train.batches(10, 4, 3, 6, seed=1)) == whole[3:]
+    for epoch in range(3):
+        keys = whole[2 * epoch] + whole[2 * epoch + 1]
+        assert len({i for _, i in keys}) == 8 and {e for e, _ in keys} == {epoch}
+    assert whole != list(train.batches(10, 4, 0, 6, seed=2))
+    assert [len(batch) for batch in train.batches(3, 4, 0, 2, seed=1)] == [3, 3]
+
+
+def test_base_to_novel_trains_on_the_frequent_half(tmp_path, world):
+    root = tmp_path / "frames"
+    for name, count in (("A", 1), ("B", 9), ("C", 3), ("D", 2), ("E", 9)):
+        for k in range(count):
+            save_frames(root / name / f"{k}", 2)
+    args = train.parser().parse_args(["--data", str(root), "--base-to-novel"])
+    (classes, clips), tests = train.find_clips(args)
+    assert classes == ["B", "C", "E"] and {label for _, label in clips} == {0, 1, 2}
+    assert {name: test[0] for name, test in tests.items()} == {"base": classes, "novel": ["A", "D"]}
+    assert [clip.split("/")[0] for clip, label in tests["novel"][1] if label == 1] == ["D"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path, monkeypatch):
+    state = torch.load(world.clip, weights_only=True)
+    torch.save({**state, "logit_scale": torch.tensor(1e9)}, tmp_path / "clip.pt")
+    flags = [*world.common, "--clip", tmp_path / "clip.pt", "--out", tmp_path / "run"]
+    status, errors = command(flags, monkeypatch)
+    line = errors.strip().splitlines()[-1]
+    assert status == 2 and line.startswith("error: step 0: the loss is") and "/clip" in line
+
+
+@pytest.mark.parametrize("case", [
+    "no folder", "no frames", "first frame", "later frame", "empty frame", "bad list", "no weights",
+    "nameless label", "foreign weights", "no frames flag", "no batch", "long text", "unwritable",
+    "no data", "nothing to train", "videos", "flat", "unknown flag"])
+def test_bad_input_is_one_line_and_status_2(case, world, tmp_path, monkeypatch):
+    root, out = frames_folder(tmp_path / "frames"), tmp_path / "out"
+    flags = [*world.common, "--data", root, "--out", out]
+    first = root / data.index_frames(root)[1][0][0] / "img_00001.jpg"
+    word = None
+    if case == "no folder":
+        flags, word = [*flags, "--data", tmp_path / "nowhere"], "nowhere: no such folder"
+    elif case == "no frames":
+        (tmp_path / "empty" / "Archery" / "clip").mkdir(parents=True)
+        flags, word = [*flags, "--data", tmp_path / "empty"], "clip: holds no frames"
+    elif case in ("first frame", "empty frame"):
+        first.write_bytes(b"" if case == "empty frame" else b"no jpeg")
+        word = f"{first}: unreadable frame"
+    elif case == "later frame":  # in a worker process
+        for path in root.glob("*/*/img_00003.jpg"):
+            path.write_bytes(path.read_bytes()[:300])
+        flags, word = [*flags, "--num-frames", 5, "--workers", 1], "img_00003.jpg: unreadable frame"
+    elif case == "bad list":
+        (tmp_path / "list").write_text("Archery/clip1 0\nArchery/clip77 0\n")
+        flags, word = [*flags, "--train-list", tmp_path / "list"], "list:2: no folder"
+    elif case == "nameless label":
+        (tmp_path / "list").write_text("Archery/clip1 9\n")
+        (tmp_path / "labels").write_text("0,Archery\n1,Baby\n")
+        flags += ["--test-list", tmp_path / "list", "--labels", tmp_path / "labels"]
+        word = f"list:1: label 9 has no name in {tmp_path / 'labels'}"
+    elif case == "no weights":
+        flags, word = [*flags, "--clip", tmp_path / "none.pt"], f"{tmp_path / 'none.pt'}"
+    elif case == "foreign weights":
+        torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "x.pt")
+        flags, word = [*flags, "--clip", tmp_path / "x.pt"], "x.pt: not a CLIP ViT"
+    elif case == "no frames flag":
+        flags, word = [*flags, "--num-frames", 0], "--num-frames: must be at least 1"
+    elif case == "no batch":
+        flags, word = [*flags, "--batch-size", 0], "--batch-size: must be at least 1"
+    elif case == "long text":
+        flags, word = [*flags, "--templates", "{} " * 40], "tokens with start and end, 77 fit"
+    elif case == "unwritable":
+        (tmp_path / "file").write_text("")
+        flags, word = [*flags, "--out", tmp_path / "file" / "run"], str(tmp_path / "file")
+    elif case == "no data":
+        flags, word = ["--epochs", 1], "--data"
+    elif case == "nothing to train":
+        flags, word = [*flags, "--prompts", "none", "--no-adapters"], "nothing to train"
+    elif case == "videos":
+        (tmp_path / "videos" / "Archery").mkdir(parents=True)
+        (tmp_path / "videos" / "Archery" / "a.avi").write_bytes(b"x")
+        flags, word = [*flags, "--data", tmp_path / "videos"], "data.py extract"
+    elif case == "flat":
+        flags, word = [*flags, "--data", root / "Archery"], "need lists and --labels"
+    elif case == "unknown flag":
+        flags, word = [*flags, "--lerning-rate", 1], "--lerning-rate"
+    status, errors = command(flags, monkeypatch)
+    line = errors.strip().splitlines()[-1]
+    assert status == 2 and line.startswith("error: ") and word in line, errors
+    assert "Traceback" not in errors and not (out / "last.pt").exists()
+    assert case == "later frame" or (errors.count("\n") == 1 and not out.exists())
+
+
+def test_clips_with_few_frames_and_one_clip_per_class(world, tmp_path):
+    root = tmp_path / "frames"
+    for name in ("Archery", "Clap"):
+        save_frames(root / name / "only", 1)
+    content = train.run([*world.common, "--data", str(root), "--out", str(tmp_path / "run"),
+                         "--num-frames", "1", "--epochs", "2"])
+    assert content["results"] == {} and (tmp_path / "run/last.pt").exists()
+
+
+@slow
+def test_the_demo(tmp_path):
+    out = tmp_path / "demo"
+    train.demo(["--demo", "--out", str(out), "--seed", "11"])
+    rows = {r["row"]: r for r in json.loads((out / "results.json").read_text())["results"]["demo"]}
+    assert [r["n"] for r in rows.values()] == [960] * 5 and (out / "demo.png").exists()
+    assert rows["frozen CLIP"]["base"] <= 60 and rows["+ adapters"]["base"] <= 60  # capped near 50
+    assert rows["+ temporal prompts"]["base"] >= 80
+    assert rows["prompts, frames shuffled"]["base"] <= 60

@@ -98,6 +98,8 @@ def parser():
     return p
 
 
+SAVE_SECONDS = 600  # between checkpoints within an epoch
+
 # Flags whose value leaves the result alone, so that a resumed run may have others.
 FREE = ("out", "resume", "workers", "device", "eval_every")
 # Flags that describe the model: a checkpoint of ours brings them along.
@@ -276,8 +278,9 @@ def train(model, classes, clips, tests, args, saved):
     out, device = Path(args.out), torch.device(args.device)
     words = {word for name in classes for word in data.class_text(name).split()}
     flip = not (args.no_augment or args.no_flip or words & {"left", "right"})
-    print(f"training {sum(p.numel() for p in trained(model).values()):,} parameters on {args.device}, "
-          f"{len(clips)} clips of {len(classes)} classes, {'' if flip else 'not '}mirrored")
+    size = sum(p.numel() for p in trained(model).values())
+    print(f"training {size:,} parameters on {args.device}, {len(clips)} clips of "
+          f"{len(classes)} classes, {'' if flip else 'not '}mirrored")
     dataset = data.Clips(args.data, clips, args.num_frames, model.config.image_size, train=True,
                          augment=not args.no_augment, flip=flip, seed=args.seed)
     tokens = tokens_of(classes, args, model)
@@ -347,7 +350,7 @@ def train(model, classes, clips, tests, args, saved):
             if now - drawn_at > 60:
                 plot_curves(out / "curves.png", rows)
                 drawn_at = now
-        if step % per_epoch == 0 or now - saved_at > 600:
+        if step % per_epoch == 0 or now - saved_at > SAVE_SECONDS:
             write(out / "last.pt", save)
             saved_at = now
     results, row = evaluate_all(model, tests, args)
@@ -368,7 +371,7 @@ def write_log(path, rows):
 
 
 def figure(width, height, mosaic, **options):
-    """-> figure, {name: axis}, in the one style of all pictures; the colours are Okabe and Ito's."""
+    """-> figure, {name: axis}, in the one style of all pictures; colours of Okabe and Ito."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -443,6 +446,8 @@ def run(argv):
     if not args.eval_only and not (clips and trainable):
         raise ValueError(f"{args.data}: no training clips" if trainable else "nothing to train: "
                          "no prompts, no adapters, no --tune all")
+    for names, _ in ((classes, clips), *tests.values()):
+        tokens_of(names, args, model)  # a text too long is to show before anything is written
     out.mkdir(parents=True, exist_ok=True)
     if args.eval_only:
         results, seconds = evaluate_all(model, tests, args)[0], time.monotonic() - began
@@ -472,7 +477,7 @@ def ablate(out, common, rows):
 
 PRETRAINING = ("--tune all --num-frames 1 --prompts none --no-adapters --motion-weight 0 "
                "--epochs 5 --batch-size 128 --lr 2e-3 --weight-decay 0.02")
-ADAPTATION = "--num-frames 4 --epochs 33 --batch-size 32 --lr 8e-3 --weight-decay 1 --prompt-lr 0.1"
+ADAPTATION = "--num-frames 4 --epochs 33 --batch-size 32 --lr 8e-3 --prompt-lr 0.3"
 
 
 def demo(argv):
@@ -509,7 +514,7 @@ def demo(argv):
         ("frozen CLIP", ["--clip", clip, "--eval-only"], "frozen"),
         ("+ adapters", ["--clip", clip, "--prompts", "none", "--motion-weight", "0"], "adapters"),
         ("+ temporal prompts", ["--clip", clip, "--motion-weight", "0"], "prompts"),
-        ("+ motion loss", ["--clip", clip, "--motion-weight", "0.1"], "motion"),
+        ("+ motion loss", ["--clip", clip], "motion"),
         ("prompts, frames shuffled", ["--checkpoint", str(out / "prompts/last.pt"),
                                       "--eval-only", "--shuffle-frames"], "shuffled")])
     plot_demo(out / "demo.png", out / "frames", table)
