@@ -370,9 +370,10 @@ def class_probabilities(video_features, text_features, logit_scale=100.0):
     video_features: (B, E), text_features: (templates, classes, E), normalised here. Returns
     (B, classes). The scale is that of the official evaluation.
     """
-    video_features = F.normalize(video_features.float(), dim=-1)
-    text_features = F.normalize(text_features.float(), dim=-1)
-    return (logit_scale * video_features @ text_features.mT).softmax(-1).mean(0)
+    with torch.autocast(video_features.device.type, enabled=False):  # scaled by 100: in fp32
+        video_features = F.normalize(video_features.float(), dim=-1)
+        text_features = F.normalize(text_features.float(), dim=-1)
+        return (logit_scale * video_features @ text_features.mT).softmax(-1).mean(0)
 
 
 # Weights files. A file is hostile until it has been read; nothing in it is ever executed.

@@ -256,6 +256,24 @@ def test_drop_path_drops_whole_clips():
     assert small().transformer.resblocks[1].attn.dropout == pytest.approx(0.1)
 
 
+@pytest.mark.parametrize("settings", [dict(), dict(prompts="none", temporal_adapter=True)])
+def test_bf16_autocast_is_close_to_fp32(settings):
+    model, (video, tokens) = small(**settings).train(), golden_inputs(2, 4)
+    model.freeze_backbone()
+    losses = []
+    for enabled in (False, True):
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            frames, texts = model.encode_frames(video), model.encode_text(tokens)
+            logits = model.similarity(frames.mean(1), texts)
+            assert class_probabilities(frames.mean(1), texts[None]).dtype == torch.float32
+        loss = contrastive_loss(logits, torch.tensor([0, 1])) + motion_loss(frames)
+        loss.backward()
+        assert loss.dtype == torch.float32
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+
+
 def test_losses_by_hand():
     still = torch.ones(2, 8, 4)
     assert motion_loss(still) == 1 and motion_loss(still[:, :1]) == 1
@@ -899,6 +917,22 @@ def test_a_resumed_run_equals_one_that_never_stopped(world, tmp_path, monkeypatc
         assert [x[c] for c in columns] == [y[c] for c in columns]
     again = train.run([*flags, "--out", str(broken), "--resume"])  # finished: only evaluates
     assert again["results"] == results
+
+
+def test_runs_start_from_checkpoints_and_still_resume(world, tmp_path):
+    """Fine-tuning what an official checkpoint, or a run of ours, has learnt; then --resume."""
+    state = official_state(vision_width=64, vision_layers=2, vocab_size=49408, context_length=77,
+                           num_frames=4)
+    torch.save({"model_state_dict": state}, tmp_path / "official.pt")
+    flags = ["--data", world.frames, "--workers", "0", "--device", "cpu", "--epochs", "1",
+             "--batch-size", "8", "--lr", "0"]
+    prompts, start = "visual.transformer.temporal_prompts", tmp_path / "official.pt"
+    for out in (tmp_path / "first", tmp_path / "second"):
+        results = train.run([*flags, "--checkpoint", str(start), "--out", str(out)])["results"]
+        learnt = torch.load(out / "last.pt", weights_only=True)["state_dict"][prompts]
+        assert torch.equal(learnt, state["visual.transformer.T_prompt_embeddings"])
+        assert train.run(["--out", str(out), "--resume"])["results"] == results
+        start = out / "last.pt"
 
 
 def test_resume_starts_where_nothing_is_and_refuses_another_run(world, tmp_path, monkeypatch):

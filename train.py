@@ -54,7 +54,7 @@ def usable_device(name):
 
 
 def parser():
-    p = Parser(description="Train and evaluate EZ-CLIP on folders of frames.",
+    p = Parser(description="Train and evaluate EZ-CLIP on folders of frames.", allow_abbrev=False,
                formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     flag = p.add_argument
     # data
@@ -92,8 +92,9 @@ def parser():
     flag("--eval-every", type=at_least(1), help="epochs; without it only at the end")
     flag("--shuffle-frames", action="store_true", help="a control: test clips in random order")
     flag("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="loading processes")
-    gpu = "cuda" if torch.cuda.is_available() else "mps" if torch.mps.is_available() else None
-    flag("--device", type=usable_device, default=gpu or "cpu", help="cuda, cuda:1, mps, cpu, ...")
+    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
+    flag("--device", type=usable_device, default="cuda" if cuda else "mps" if mps else "cpu",
+         help="of torch: cuda, cuda:1, mps, cpu")
     flag("--demo", action="store_true", help="the method on a rendered world; needs no --data")
     return p
 
@@ -107,28 +108,35 @@ MODEL = ("clip", "num_frames", "prompts", "no_adapters", "temporal_adapter", "tu
 
 
 def parse(argv):
-    """-> the flags, those of a checkpoint being the defaults, and that checkpoint if it is ours."""
+    """-> (flags, checkpoint, its path): the last.pt that is resumed or started from, or None. Its
+    flags are the defaults: all of them when it is resumed, else those that describe the model. A
+    --checkpoint of another kind is the official code's: CLIP and what was learnt, in one file."""
     p = parser()
-    args, saved = p.parse_args(argv), None
-    if not (args.data or args.demo or args.resume and args.out):
+    args = p.parse_args(argv)
+    if not (args.data or args.resume and args.out):
         raise ValueError("--data is needed, a folder of frames (or --demo)")
-    path = run_folder(args) / "last.pt" if args.resume else args.checkpoint
-    if path and (path == args.checkpoint or path.exists()):
-        saved = read_weights(path)
-        if not isinstance(saved, dict) or not {"args", "backbone_sha256"} <= saved.keys():
-            if args.resume:
-                raise ValueError(f"{path}: is no checkpoint of a run")
-            return args, None  # that of the official code, say
-        keys = [key for key in saved["args"] if key not in FREE] if args.resume else MODEL
+    out = run_folder(args)
+    resumed = args.resume and (out / "last.pt").exists()
+    path = out / "last.pt" if resumed else args.checkpoint
+    saved = read_weights(path) if path else {}
+    if isinstance(saved, dict) and {"args", "backbone_sha256"} <= saved.keys():
+        keys = [key for key in saved["args"] if key not in FREE] if resumed else MODEL
         p.set_defaults(**{key: saved["args"][key] for key in keys})
         args = p.parse_args(argv)
         changed = [f"--{key.replace('_', '-')} {saved['args'][key]}" for key in keys
-                   if args.resume and getattr(args, key) != saved["args"][key]]
+                   if resumed and getattr(args, key) != saved["args"][key]]
         if changed:
             raise ValueError(f"{path}: the run was started with {', '.join(changed)}")
-    elif args.resume and not (args.data or args.demo):
-        raise ValueError(f"{path}: no run to resume, and no --data to start one")
-    return args, saved
+    elif resumed:
+        raise ValueError(f"{path}: is no checkpoint of a run")
+    elif not args.data:
+        raise ValueError(f"{out}: no run to resume there, and no --data to start one")
+    elif args.checkpoint and args.clip:
+        raise ValueError(f"{args.checkpoint}: brings its own CLIP, leave --clip out")
+    else:
+        saved, args.clip = None, args.checkpoint or args.clip or "ViT-B/16"
+    args.out, args.resume = str(out), resumed
+    return args, saved, path
 
 
 def run_folder(args):
@@ -167,32 +175,25 @@ def find_clips(args):
     return part(train, order[:half]), {name: t for name, t in tests.items() if t[1]}
 
 
-def build_model(args, saved):
-    """The model of the flags, on its device, with the weights of a checkpoint: `saved` if it is
-    ours, else --checkpoint is the official code's and brings its own CLIP."""
-    official = args.checkpoint if not saved else None
-    if official and args.clip:
-        raise ValueError(f"{official}: brings its own CLIP, leave --clip out")
+def build_model(args, saved, path):
+    """The model of the flags on its device, with the tensors of the checkpoint, if there is one."""
     if args.eval_only and not args.checkpoint and not args.prompts:
-        print("no --checkpoint: this evaluates plain CLIP, without prompts")
-        args.prompts = "none"
-    if not official:
-        args.clip = args.clip or "ViT-B/16"
+        print("no --checkpoint: this evaluates plain CLIP, without prompts and adapters")
+        args.prompts, args.no_adapters = "none", True
     switches = dict(prompts=args.prompts, adapters=False if args.no_adapters else None,
                     temporal_adapter=args.temporal_adapter or None)
     torch.manual_seed(args.seed)  # of the new modules
-    model = EZCLIP.from_pretrained(official or args.clip, args.num_frames,
+    model = EZCLIP.from_pretrained(args.clip, args.num_frames,
                                    **{k: v for k, v in switches.items() if v is not None})
-    if official and not model.weights_adapted:
-        raise ValueError(f"{official}: is plain CLIP, to be given as --clip")
+    if args.clip == args.checkpoint and not model.weights_adapted:
+        raise ValueError(f"{args.clip}: is plain CLIP, to be given as --clip")
     if model.config.vocab_size != 49408:
-        raise ValueError(f"{official or args.clip}: has another vocabulary than CLIP")
+        raise ValueError(f"{args.clip}: has another vocabulary than CLIP")
     if args.tune == "new":
         model.freeze_backbone()
     if saved:
-        path = run_folder(args) / "last.pt" if args.resume else args.checkpoint
         if saved["backbone_sha256"] != model.weights_sha256:
-            raise ValueError(f"{path}: was trained on another CLIP than {official or args.clip}")
+            raise ValueError(f"{path}: was trained on another CLIP than {args.clip}")
         shapes = {name: p.shape for name, p in trained(model).items()}
         if shapes != {name: value.shape for name, value in saved["state_dict"].items()}:
             raise ValueError(f"{path}: does not hold what a model of these flags trains")
@@ -227,26 +228,29 @@ def evaluate(model, classes, clips, args):
     torch.manual_seed(args.seed)  # of --shuffle-frames
     with autocast(args):
         texts = [model.encode_text(t.to(args.device)) for t in tokens.flatten(0, 1).split(512)]
-        texts = torch.cat(texts).view(*tokens.shape[:2], -1)  # (templates, classes, E)
-        stream = data.loader(dataset, batches, args.workers)
-        for videos, labels, _ in tqdm(stream, "test", len(batches), leave=False, disable=None):
-            if args.shuffle_frames:
-                videos = torch.stack([video[torch.randperm(len(video))] for video in videos])
-            probabilities = class_probabilities(model.encode_video(videos.to(args.device)), texts)
-            best = probabilities.topk(min(5, len(classes))).indices.cpu() == labels[:, None]
-            hits += torch.stack([best[:, 0].sum(), best.sum()])
+    texts = torch.cat(texts).view(*tokens.shape[:2], -1)  # (templates, classes, E)
+    stream = data.loader(dataset, batches, args.workers)
+    for videos, labels, _ in tqdm(stream, "test", len(batches), leave=False, disable=None):
+        if args.shuffle_frames:
+            videos = torch.stack([video[torch.randperm(len(video))] for video in videos])
+        with autocast(args):
+            features = model.encode_video(videos.to(args.device))
+        probabilities = class_probabilities(features, texts)
+        best = probabilities.topk(min(5, len(classes))).indices.cpu() == labels[:, None]
+        hits += torch.stack([best[:, 0].sum(), best.sum()])
     top1, top5 = (100 * hits / len(clips)).tolist()
     return {"top1": round(top1, 2), "top5": round(top5, 2), "n": len(clips),
             "classes": len(classes)}
 
 
-def evaluate_all(model, tests, args):
-    """-> {test set: result}, printed, and the same for a row of the log."""
+def evaluate_all(model, tests, args, row):
+    """-> {test set: result}, which is also printed and noted in a row of the log."""
     results = {name: evaluate(model, *test, args) for name, test in tests.items()}
     for name, r in results.items():
         print(f"{name}: top-1 {r['top1']:.2f} %, top-5 {r['top5']:.2f} %, n = {r['n']} clips of "
               f"{r['classes']} classes", flush=True)
-    return results, {f"{name} {k}": r[k] for name, r in results.items() for k in ("top1", "top5")}
+        row.update({f"{name} top1": r["top1"], f"{name} top5": r["top5"]})
+    return results
 
 
 def write(path, save):
@@ -343,7 +347,7 @@ def train(model, classes, clips, tests, args, saved):
                    "clips/s": per_epoch * len(labels) / spent}
             row |= dict(zip(("loss", "contrastive", "motion"), (x / per_epoch for x in sums)))
             if args.eval_every and row["epoch"] % args.eval_every == 0 and step < total:
-                row |= evaluate_all(model, tests, args)[1]
+                evaluate_all(model, tests, args, row)
                 clock = time.monotonic()
             rows, sums = [*rows, row], [0.0, 0.0, 0.0]
             write_log(out / "log.csv", rows)
@@ -353,8 +357,7 @@ def train(model, classes, clips, tests, args, saved):
         if step % per_epoch == 0 or now - saved_at > SAVE_SECONDS:
             write(out / "last.pt", save)
             saved_at = now
-    results, row = evaluate_all(model, tests, args)
-    rows[-1] |= row
+    results = evaluate_all(model, tests, args, rows[-1])
     write_log(out / "log.csv", rows)
     plot_curves(out / "curves.png", rows)
     return results, seconds
@@ -394,10 +397,12 @@ def plot_curves(path, rows):
     for side, names in curves.items():
         for name in names:
             points = [(row["epoch"], row[name]) for row in rows if name in row]
-            axes[side].plot(*zip(*points), label=name, marker="o" if len(points) < 20 else "")
+            axes[side].plot(*zip(*points), label=name, linewidth=4 if name == "loss" else 1.5,
+                            marker="o" if len(points) < 20 else "", zorder=name != "loss")
             axes[side].legend()
-    axes["left"].set(xlabel="epoch", ylabel="mean loss (nats)")
-    axes["right"].set(xlabel="epoch", ylabel="accuracy (%)", ylim=(0, 100))
+        axes[side].set(xlabel="epoch", xlim=(0, rows[-1]["epoch"] * 1.03))
+    axes["left"].set(ylabel="mean of the epoch's losses", ylim=(0, None))
+    axes["right"].set(ylabel="accuracy on test clips (%)", ylim=(0, 102))
     save_figure(fig, path)
 
 
@@ -405,23 +410,24 @@ def plot_demo(path, frames, table):
     """A strip of frames for each of eight actions, and below them the table as bars."""
     words = [word for twins in data.TWINS for word in twins]
     mosaic = [*zip(words[::2], words[1::2]), ("bars", "bars")]
-    fig, axes = figure(8, 7, mosaic, height_ratios=[1, 1, 1, 1, 5])
+    fig, axes = figure(8, 7, mosaic, height_ratios=[1, 1, 1, 1, 4])
     for colour, word in zip(itertools.cycle(data.COLOURS), words):
         name = data.demo_class(colour, word)
         clip = next((frames / name).iterdir())
-        strip = [np.asarray(data.read_frame(clip / n)) for n in data.frame_names(clip)]
-        axes[word].imshow(np.concatenate(strip, 1))
-        axes[word].set_title(name, fontsize=9)
+        strip = [np.asarray(data.read_frame(clip / n)) for n in data.frame_names(clip)[::2]]
+        strip = [np.pad(frame, ((0, 0), (0, 1), (0, 0)), constant_values=255) for frame in strip]
+        axes[word].imshow(np.concatenate(strip, 1), aspect="auto")
+        axes[word].set_title(name, fontsize=9, pad=3)
         axes[word].axis("off")
     for i, key in enumerate(("base", "novel", "harmonic_mean")):
         values = [row[key] for row in table]
         bars = axes["bars"].bar(np.arange(len(table)) + (i - 1) * 0.28, values, 0.26,
                                 label=key.replace("_", " "))
         axes["bars"].bar_label(bars, fmt="%.0f", fontsize=8)
-    axes["bars"].axhline(50, color="0.5", linestyle=":", zorder=0)
-    axes["bars"].set_xticks(range(len(table)), [row["row"] for row in table])
+    axes["bars"].axhline(50, color="0.5", linestyle=":", zorder=0, label="best without order")
+    axes["bars"].set_xticks(range(len(table)), [row["row"].replace(", ", ",\n") for row in table])
     axes["bars"].set(ylabel="top-1 accuracy (%)", ylim=(0, 105))
-    axes["bars"].legend(ncols=3, loc="upper left")
+    axes["bars"].legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     save_figure(fig, path)
 
 
@@ -438,11 +444,11 @@ def write_results(out, argv, args, trainable, seconds, results):
 def run(argv):
     """Train and evaluate as the flags say; returns the content of results.json."""
     began = time.monotonic()
-    args, saved = parse(argv)
-    out = run_folder(args)
+    args, saved, path = parse(argv)
+    out = Path(args.out)
     (classes, clips), tests = find_clips(args)
-    model = build_model(args, saved)
-    args.out, trainable = str(out), sum(p.numel() for p in trained(model).values())
+    model = build_model(args, saved, path)
+    trainable = sum(p.numel() for p in trained(model).values())
     if not args.eval_only and not (clips and trainable):
         raise ValueError(f"{args.data}: no training clips" if trainable else "nothing to train: "
                          "no prompts, no adapters, no --tune all")
@@ -450,7 +456,7 @@ def run(argv):
         tokens_of(names, args, model)  # a text too long is to show before anything is written
     out.mkdir(parents=True, exist_ok=True)
     if args.eval_only:
-        results, seconds = evaluate_all(model, tests, args)[0], time.monotonic() - began
+        results, seconds = evaluate_all(model, tests, args, {}), time.monotonic() - began
     else:
         results, seconds = train(model, classes, clips, tests, args, saved if args.resume else None)
     return write_results(out, argv, args, trainable, seconds, results)
@@ -483,7 +489,7 @@ ADAPTATION = "--num-frames 4 --epochs 33 --batch-size 32 --lr 8e-3 --prompt-lr 0
 def demo(argv):
     """The method in small: a tiny CLIP learns a rendered world from stills, then is adapted to its
     actions. These come in pairs that are each other backwards: who averages frames, guesses."""
-    began, args = time.monotonic(), parse(argv)[0]
+    began, args = time.monotonic(), parser().parse_args(argv)
     usual = vars(parser().parse_args(["--demo"]))
     own = ("seed", "out", "resume", "workers", "device")
     foreign = [key for key, value in vars(args).items() if key not in own and value != usual[key]]
@@ -524,7 +530,7 @@ def demo(argv):
 
 def main():
     try:
-        run(sys.argv[1:]) if "--demo" not in sys.argv else demo(sys.argv[1:])
+        demo(sys.argv[1:]) if "--demo" in sys.argv else run(sys.argv[1:])
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
