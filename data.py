@@ -10,6 +10,8 @@ name the class of each clip. A clip leaves here as uint8 (T, 3, S, S); no model 
 import argparse
 import csv
 import hashlib
+import io
+import math
 import os
 import re
 import shutil
@@ -35,6 +37,21 @@ TEMPLATES = (  # of the official code
     "The man is {}", "The woman is {}")
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line instead of the usage of all flags
+        raise ValueError(message)
+
+
+def at_least(minimum, kind=int):
+    def parse(text):
+        value = kind(text)
+        if not minimum <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
+        return value
+    parse.__name__ = kind.__name__  # for argparse's messages
+    return parse
+
+
 def class_text(name):
     """A class name in words: ApplyEyeMakeup -> apply eye makeup, brush_hair -> brush hair."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " ")).lower()
@@ -51,75 +68,67 @@ def index_frames(root, train_list=None, test_list=None, labels=None):
     lists UCF101's names give its split 1, all others a stable split: of each class the
     max(1, n // 5) clips with the smallest name hash are for testing, the only clip never.
 
-    Returns (classes, train, test): names, and lists of (folder below root, position of its class).
-    Raises OSError or ValueError that names the folder, or the list and its line.
+    Prints what it found. Returns (classes, train, test): names, and lists of (folder below root,
+    position of its class). Raises OSError or ValueError that names the folder, or list and line.
     """
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     folders = _folders(root)
-    flat = bool(folders and frame_names(root / folders[0], needed=False))
+    full = (root / f for f in folders if any(os.scandir(root / f)))
+    flat = next((bool(frame_names(f, needed=False)) and not _folders(f) for f in full), False)
     clips = folders if flat else [f"{f}/{clip}" for f in folders for clip in _folders(root / f)]
     if not clips:
-        videos = any(path.suffix.lower() in VIDEOS for path in [*root.glob("*"), *root.glob("*/*")])
-        raise ValueError(f"{root}: holds no folders <class>/<clip>/ with frames" + (
-            ", but videos: run python data.py extract first" if videos else ""))
+        hint = ", but videos: run python data.py extract first" if _videos(root) else ""
+        raise ValueError(f"{root}: holds no folders <class>/<clip>/ with frames{hint}")
     names = _read_labels(labels) if labels else dict(enumerate(() if flat else folders))
     if not names or flat and not (train_list or test_list):
         raise ValueError(f"{root}: clips without class folders need lists and --labels")
-    classes, position = list(names.values()), {id: i for i, id in enumerate(names)}
+    classes = list(names.values())
+    by_id, by_folder = ({key: i for i, key in enumerate(keys)} for keys in (names, classes))
 
     def class_of(clip, id=None, where=root):  # by the id where there is one, else by the folder
         folder = None if flat else clip.split("/")[0]
-        if id is None and folder not in classes:
+        if id is None and folder not in by_folder:
             raise ValueError(f"{where}: {clip} has no label, and no class has its folder's name")
         if id is not None and id not in names:
             raise ValueError(f"{where}: label {id} has no name in {labels or root}")
-        if not labels and id is not None and names[id] != folder:
-            raise ValueError(f"{where}: label {id} is {names[id]} among the sorted class folders, "
-                             f"but the clip lies in {folder}: give --labels")
-        return classes.index(folder) if id is None else position[id]
+        if id is not None and folder in by_folder and names[id] != folder:
+            raise ValueError(f"{where}: label {id} is {names[id]}, but the clip lies in {folder}"
+                             + ("" if labels else "; labels of another order need --labels"))
+        return by_folder[folder] if id is None else by_id[id]
 
-    if not (train_list or test_list):
-        return classes, *_checked(root, _split([(clip, class_of(clip)) for clip in clips]))
-    by_name = {}
-    for clip in clips:
-        for key in {clip.split("/")[-1], _stem(clip.split("/")[-1])}:
-            by_name.setdefault(key, []).append(clip)
-    splits = []
-    for file in (train_list, test_list):
-        split = {}
-        for where, meanings in _read_list(file) if file else ():
-            clip, id = _match(where, meanings, by_name, root)
-            label = class_of(clip, id, where)
-            if split.setdefault(clip, label) != label:
-                raise ValueError(f"{where}: {clip} had another label before")
-        splits.append(list(split.items()))
-    return classes, *_checked(root, splits)
-
-
-def _checked(root, splits):
-    """Open each class's first frame in each split: broken data is to show now, not after hours."""
-    for split in splits:
+    if train_list or test_list:
+        rule, lists = "by list", (train_list, test_list)
+        splits = [_read_split(file, clips, class_of, root) if file else [] for file in lists]
+    else:
+        rule, splits = _split([(clip, class_of(clip)) for clip in clips])
+    print(f"{root}: {len(classes)} classes, {len(splits[0])} training and {len(splits[1])} test "
+          f"clips ({rule})")
+    shared = len(set(splits[0]) & set(splits[1]))
+    if shared:
+        print(f"warning: {shared} test clips are training clips too", file=sys.stderr)
+    for split in splits:  # broken data is to show now, not after hours
         for clip in {label: clip for clip, label in reversed(split)}.values():
             read_frame(root / clip / frame_names(root / clip)[0])
-    return splits
+    return classes, *splits
 
 
 def _split(items):
-    """-> train, test, where no list says so."""
-    groups = [re.fullmatch(r"v_.+_g(\d+)_c\d+(\.avi)?", clip.split("/")[1]) for clip, _ in items]
-    if all(groups):  # UCF101: groups 1-7 are its test split 1
-        held_out = {clip for (clip, _), group in zip(items, groups) if int(group[1]) <= 7}
+    """-> the rule, [train, test], where no list says so."""
+    names = {clip: clip.split("/")[1] for clip, _ in items}
+    groups = {clip: re.fullmatch(r"v_.+_g(\d+)_c\d+(\.avi)?", name) for clip, name in names.items()}
+    if all(groups.values()):
+        rule, test = "split 1 of UCF101", {clip for clip, g in groups.items() if int(g[1]) <= 7}
     else:
-        held_out, by_label = set(), {}
+        rule, test, by_label = "a fifth of each class by the hash of clip names", set(), {}
         for clip, label in items:
-            rank = hashlib.sha256(clip.split("/")[1].encode()).hexdigest()
+            rank = hashlib.sha256(names[clip].encode()).hexdigest()
             by_label.setdefault(label, []).append((rank, clip))
         for ranked in by_label.values():
             count = max(1, len(ranked) // 5) if len(ranked) > 1 else 0
-            held_out |= {clip for _, clip in sorted(ranked)[:count]}
-    return [i for i in items if i[0] not in held_out], [i for i in items if i[0] in held_out]
+            test |= {clip for _, clip in sorted(ranked)[:count]}
+    return rule, [[i for i in items if i[0] not in test], [i for i in items if i[0] in test]]
 
 
 def _folders(path):
@@ -127,51 +136,69 @@ def _folders(path):
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
+def _videos(root):
+    """The videos of a folder and of its class folders."""
+    return [path for path in sorted([*root.glob("*"), *root.glob("*/*")]) if path.is_file()
+            and path.suffix.lower() in VIDEOS and not path.name.startswith(".")]
+
+
 def _stem(name):
     return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in VIDEOS else name
 
 
+def _read_text(path):
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error.reason})") from None
+
+
 def _read_labels(path):
     """{id: class name} of a CSV `id,name`, whose header is optional, or of UCF101's `id name`."""
-    names = {}
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        for number, row in enumerate(csv.reader(file), 1):
-            row = row if len(row) != 1 else row[0].split(maxsplit=1)
-            if not row or (number == 1 and not row[0].strip().isdigit()):
+    names, number = {}, 0
+    try:
+        for number, row in enumerate(csv.reader(io.StringIO(_read_text(path)), strict=True), 1):
+            row = [cell.strip() for cell in (row if len(row) != 1 else row[0].split(maxsplit=1))]
+            if not row or number == 1 and row[0].lower() in ("id", "label"):
                 continue
-            if len(row) < 2 or not row[0].strip().isdigit() or not row[1].strip():
+            if len(row) < 2 or not row[0].isdecimal() or not row[1]:
                 raise ValueError(f"{path}:{number}: expected id,name and not {','.join(row)!r}")
-            if names.setdefault(int(row[0]), row[1].strip()) != row[1].strip():
-                raise ValueError(f"{path}:{number}: id {row[0]} has a name already")
+            if names.setdefault(int(row[0]), row[1]) != row[1]:
+                raise ValueError(f"{path}:{number}: id {row[0]} has another name already")
+    except csv.Error as error:
+        raise ValueError(f"{path}:{number + 1}: {error}") from None
+    if not names:
+        raise ValueError(f"{path}: holds no lines id,name")
     return dict(sorted(names.items()))
 
 
-def _read_list(path):
-    """Yield (where, [(clip, label), ...]) per line: all it can mean, since names hold blanks."""
-    with open(path, encoding="utf-8-sig") as file:
-        for number, line in enumerate(file, 1):
-            meanings = []
-            for n in (2, 1):  # <number of frames> <label>, or <label>
-                clip, *words = line.strip().rsplit(maxsplit=n) or [""]
-                if len(words) == n and all(word.isdigit() for word in words):
-                    meanings.append((clip, int(words[-1])))
-            if line.strip():
-                yield f"{path}:{number}", [*meanings, (line.strip(), None)]
-
-
-def _match(where, meanings, by_name, root):
-    """-> (folder below root, label) for the first meaning whose clip is there."""
-    for clip, label in meanings:
-        *_, parent, name = "", *re.split(r"[/\\]+", clip.rstrip("/\\"))
-        found = by_name.get(name) or by_name.get(_stem(name)) or []
-        if len(found) > 1:  # clips of one name in several classes
-            found = [folder for folder in found if folder.split("/")[0] == parent]
-        if len(found) == 1:
-            return found[0], label
-    line = meanings[-1][0]
-    known = any(_stem(word) in by_name for word in re.split(r"[/\\\s]+", line))
-    problem = "bad label in, or several folders for," if known else f"no folder below {root} for"
-    raise ValueError(f"{where}: {problem} {line!r}")
+def _read_split(path, clips, class_of, root):
+    """[(clip, class)] of a list. As names may hold blanks, a line can mean several things."""
+    by_name, by_stem, split = {}, {}, {}
+    for clip in clips:
+        name = clip.split("/")[-1]
+        by_name.setdefault(name, []).append(clip)
+        by_stem.setdefault(_stem(name), []).append(clip)
+    for number, line in enumerate(_read_text(path).splitlines(), 1):
+        where, line, found = f"{path}:{number}", line.strip(), {}
+        for n in (2, 1, 0):  # <number of frames> <label>, or <label>, or neither
+            clip, *words = line.rsplit(maxsplit=n) if line else [""]
+            if len(words) == n and all(word.isdecimal() for word in words):
+                *_, parent, name = "", *re.split(r"[/\\]+", clip.rstrip("/\\"))
+                there = by_name.get(name) or by_stem.get(_stem(name), [])
+                if len(there) > 1:  # clips of one name in several classes
+                    there = [c for c in there if c.split("/")[0] == parent] or there
+                found.update({c: words[-1] if words else None for c in there})
+        if not line:
+            continue
+        if len(found) != 1:
+            problem = f"fits all of {', '.join(found)}" if found else f"fits no folder below {root}"
+            raise ValueError(f"{where}: {line!r} {problem}; expected <clip> [<frames>] <label>")
+        (clip, word), = found.items()
+        label = class_of(clip, None if word is None else int(word), where)
+        if split.setdefault(clip, label) != label:
+            raise ValueError(f"{where}: {clip} had another label before")
+    return list(split.items())
 
 
 # ---- from a clip's folder to pixels ----
@@ -321,12 +348,12 @@ def extract(videos, frames, workers=None):
     ffmpeg, root, jobs = imageio_ffmpeg.get_ffmpeg_exe(), Path(videos), {}
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    for video in sorted([*root.glob("*"), *root.glob("*/*")]):
-        if video.suffix.lower() in VIDEOS and video.is_file():
-            target = Path(frames) / video.relative_to(root).with_suffix("")
-            if target in jobs:
-                raise ValueError(f"{jobs[target]} and {video} would share the folder {target}")
-            jobs[target] = video
+    for video in sorted(_videos(root), key=lambda path: len(path.parts)):
+        target = Path(frames) / video.relative_to(root).with_suffix("")
+        other = jobs.get(target) or jobs.get(target.parent)  # a flat video named like a class
+        if other:
+            raise ValueError(f"{other} and {video} would share a folder of {frames}")
+        jobs[target] = video
     if not jobs:
         raise ValueError(f"{root}: no videos ({' '.join(VIDEOS)}) in it or its class folders")
 
@@ -338,10 +365,10 @@ def extract(videos, frames, workers=None):
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         result = subprocess.run(
-            [ffmpeg, "-nostdin", "-loglevel", "error", "-threads", "1", "-i", video,
+            [ffmpeg, "-nostdin", "-loglevel", "error", "-threads", "1", "-i", video.absolute(),
              "-fps_mode", "passthrough", "-q:v", "2",
-             "-vf", "scale='if(gt(iw,ih),-1,256)':'if(gt(iw,ih),256,-1)'", part / "img_%05d.jpg"],
-            capture_output=True, text=True, errors="replace")
+             "-vf", "scale='if(gt(iw,ih),-1,256)':'if(gt(iw,ih),256,-1)'", "img_%05d.jpg"],
+            cwd=part, capture_output=True, text=True, errors="replace")  # a path may hold a %
         said = (result.stderr.strip().splitlines() or ["no frames"])[-1]
         if result.returncode or not any(part.iterdir()):
             shutil.rmtree(part)
@@ -430,26 +457,34 @@ def demo(root, seed=0, stills=False):
     part.rename(root)
 
 
-def main():
-    parser = argparse.ArgumentParser(description="Frames for train.py.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("extract", help="turn a folder of videos into folders of frames")
-    command.add_argument("videos", help="class folders of videos, or a folder of videos")
-    command.add_argument("frames", help="the folder to write to; continued if it exists")
-    command.add_argument("--workers", type=int, help="videos at a time (default: all cores)")
-    command = commands.add_parser("demo", help="render the demo world")
-    command.add_argument("dir", help="the folder to create")
-    command.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+def command(run):
+    """Run a command line's function; what is wrong with its input is one line and status 2."""
     try:
-        if args.command == "extract":
-            extract(args.videos, args.frames, args.workers)
-        else:
-            demo(args.dir, args.seed)
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        run()
+    except (OSError, ValueError, torch.OutOfMemoryError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("error: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def main():
+    parser = Parser(description="Frames for train.py.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    extracting = commands.add_parser("extract", help="turn videos into folders of frames")
+    extracting.add_argument("videos", help="class folders of videos, or a folder of videos")
+    extracting.add_argument("frames", help="the folder to write to; continued if it exists")
+    extracting.add_argument("--workers", type=at_least(1), help="videos at a time (all cores)")
+    rendering = commands.add_parser("demo", help="render the demo world")
+    rendering.add_argument("dir", help="the folder to create")
+    rendering.add_argument("--seed", type=at_least(0), default=0)
+    args = parser.parse_args()
+    if args.command == "extract":
+        extract(args.videos, args.frames, args.workers)
+    else:
+        demo(args.dir, args.seed)
 
 
 if __name__ == "__main__":
-    main()
+    command(main)

@@ -500,18 +500,19 @@ class _WeightsFile:
                 if self.adapted or not is_new(name):
                     missing += [key for key in keys if key not in left]
                 continue
-            parts = [left.pop(key) for key in keys]
-            value = parts[0]
-            if len(parts) == 3 and len({part.shape for part in parts}) == 1:
-                value = torch.cat(parts)
+            parts, shape = [left.pop(key) for key in keys], tuple(parameter.shape)
+            if len(keys) > 1:
+                shape = (shape[0] // len(keys), *shape[1:])
             elif self.hugging_face and name in ("visual.proj", "text_projection"):
-                value = value.T
-            if "temporal_prompts" in name and value.ndim == 3:
-                value = F.interpolate(value.float().mT, len(parameter[0]), mode="linear").mT
-            if value.shape != parameter.shape or not value.is_floating_point():
-                misshapen.append(f"{keys[0]} ({value.dtype} {tuple(value.shape)}, "
-                                 f"expected {tuple(parameter.shape)})")
-            found[name] = value
+                parts = [part.T if part.ndim == 2 else part for part in parts]
+            elif "temporal_prompts" in name and parts[0].ndim == 3:
+                prompts = parts[0].float().mT  # (layers, D, T)
+                parts = [F.interpolate(prompts, shape[1], mode="linear").mT]
+            wrong = [f"{key} ({part.dtype} {tuple(part.shape)}, expected {shape})" for key, part
+                     in zip(keys, parts) if part.shape != shape or not part.is_floating_point()]
+            misshapen += wrong
+            if not wrong:
+                found[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
         for what, keys in (("missing", missing), ("unexpected", [*left]), ("misshapen", misshapen)):
             if keys:
                 more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""

@@ -11,13 +11,16 @@ A run's folder receives last.pt, log.csv, curves.png and results.json.
 
 import argparse
 import csv
+import hashlib
 import itertools
 import json
 import math
 import os
 import platform
+import re
 import shlex
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -28,29 +31,22 @@ from tqdm import tqdm
 
 import data
 from clip_tokenizer import tokenize
+from data import Parser, at_least
 from ezclip import EZCLIP, Config, class_probabilities, contrastive_loss, motion_loss, read_weights
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line instead of the usage of all flags
-        raise ValueError(message)
-
-
-def at_least(minimum, kind=int):
-    def parse(text):
-        value = kind(text)
-        if not minimum <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
-        return value
-    return parse
 
 
 def usable_device(name):
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"{name}: {str(error).splitlines()[0]}") from None
     return name
+
+
+def template(text):
+    if "{}" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has no {{}} for the class name")
+    return text
 
 
 def parser():
@@ -62,7 +58,7 @@ def parser():
     flag("--train-list", help="training clips, a line each: <clip> [<number of frames>] <label>")
     flag("--test-list", help="test clips, likewise")
     flag("--labels", help="CSV id,name; without it the sorted class folders")
-    flag("--templates", nargs="+", metavar="TEXT", default=list(data.TEMPLATES),
+    flag("--templates", type=template, nargs="+", metavar="TEXT", default=list(data.TEMPLATES),
          help="texts with {} in place of the class name")
     flag("--base-to-novel", action="store_true",
          help="train on the half of the classes with more training clips, test on either half")
@@ -101,10 +97,14 @@ def parser():
 
 SAVE_SECONDS = 600  # between checkpoints within an epoch
 
-# Flags whose value leaves the result alone, so that a resumed run may have others.
-FREE = ("out", "resume", "workers", "device", "eval_every")
+# Flags of the machine, which a checkpoint does not bring along; and those that may differ when a
+# run is resumed: its result does not depend on them, or what they name is compared by content.
+HERE = ("out", "resume", "workers", "device")
+FREE = ("eval_every", "data", "train_list", "test_list", "labels", "clip", "checkpoint")
 # Flags that describe the model: a checkpoint of ours brings them along.
 MODEL = ("clip", "num_frames", "prompts", "no_adapters", "temporal_adapter", "tune")
+CHECKPOINT = dict(args=dict, state_dict=dict, optimizer=dict, step=int, seconds=float, rows=list,
+                  sums=list, classes=list, clips_sha256=str, backbone_sha256=str)
 
 
 def parse(argv):
@@ -119,14 +119,17 @@ def parse(argv):
     resumed = args.resume and (out / "last.pt").exists()
     path = out / "last.pt" if resumed else args.checkpoint
     saved = read_weights(path) if path else {}
-    if isinstance(saved, dict) and {"args", "backbone_sha256"} <= saved.keys():
-        keys = [key for key in saved["args"] if key not in FREE] if resumed else MODEL
-        p.set_defaults(**{key: saved["args"][key] for key in keys})
+    if isinstance(saved, dict) and "backbone_sha256" in saved:
+        if any(not isinstance(saved.get(key), kind) for key, kind in CHECKPOINT.items()):
+            raise ValueError(f"{path}: is a damaged checkpoint")
+        old = {k: v for k, v in saved["args"].items() if k not in HERE
+               and k in (vars(args) if resumed else MODEL)}
+        p.set_defaults(**old)
         args = p.parse_args(argv)
-        changed = [f"--{key.replace('_', '-')} {saved['args'][key]}" for key in keys
-                   if resumed and getattr(args, key) != saved["args"][key]]
+        changed = [k for k in old if resumed and k not in FREE and getattr(args, k) != old[k]]
         if changed:
-            raise ValueError(f"{path}: the run was started with {', '.join(changed)}")
+            raise ValueError(f"{path}: the run was started with other flags: " + ", ".join(
+                f"--{k.replace('_', '-')} {old[k]}" for k in changed))
     elif resumed:
         raise ValueError(f"{path}: is no checkpoint of a run")
     elif not args.data:
@@ -140,23 +143,22 @@ def parse(argv):
 
 
 def run_folder(args):
-    """--out, or runs/<data> with a counter: the last that exists for --resume, else the next."""
+    """--out, or runs/<data> with a counter: the last with a last.pt for --resume, else the next."""
     first = Path(args.out or Path("runs", Path(args.data or "demo").resolve().name))
     folders = [first]
     while folders[-1].exists() and not args.out:
         folders.append(first.with_name(f"{first.name}-{len(folders) + 1}"))
-    out = folders[-2] if args.resume and len(folders) > 1 else folders[-1]
-    results = [name for name in ("last.pt", "log.csv", "results.json") if (out / name).exists()]
-    if results and not args.resume:
-        raise ValueError(f"{out}: holds a run; continue it with --resume, or choose another --out")
-    return out
+    if args.resume:
+        return next((out for out in reversed(folders) if (out / "last.pt").exists()), folders[-1])
+    if any((folders[-1] / name).exists() for name in ("last.pt", "log.csv", "results.json")):
+        raise ValueError(f"{first}: holds a run; --resume continues it, another --out starts one")
+    return folders[-1]
 
 
 def find_clips(args):
     """-> (class names, clips) to train on and {name: (class names, clips)} to test on."""
     lists = args.train_list, args.test_list, args.labels
     classes, train, test = data.index_frames(args.data, *lists)
-    print(f"{args.data}: {len(classes)} classes, {len(train)} training and {len(test)} test clips")
     order, half = range(len(classes)), len(classes)
     if args.base_to_novel:
         counts = np.bincount([label for _, label in train], minlength=len(classes))
@@ -185,7 +187,7 @@ def build_model(args, saved, path):
     torch.manual_seed(args.seed)  # of the new modules
     model = EZCLIP.from_pretrained(args.clip, args.num_frames,
                                    **{k: v for k, v in switches.items() if v is not None})
-    if args.clip == args.checkpoint and not model.weights_adapted:
+    if path and not saved and not model.weights_adapted:
         raise ValueError(f"{args.clip}: is plain CLIP, to be given as --clip")
     if model.config.vocab_size != 49408:
         raise ValueError(f"{args.clip}: has another vocabulary than CLIP")
@@ -194,9 +196,11 @@ def build_model(args, saved, path):
     if saved:
         if saved["backbone_sha256"] != model.weights_sha256:
             raise ValueError(f"{path}: was trained on another CLIP than {args.clip}")
-        shapes = {name: p.shape for name, p in trained(model).items()}
-        if shapes != {name: value.shape for name, value in saved["state_dict"].items()}:
-            raise ValueError(f"{path}: does not hold what a model of these flags trains")
+        old, new = saved["state_dict"], trained(model)
+        wrong = [name for name in {**old, **new} if name not in old or name not in new
+                 or getattr(old[name], "shape", None) != new[name].shape]
+        if wrong:
+            raise ValueError(f"{path}: does not fit a model of these flags: {wrong[0]}")
         model.load_state_dict({**model.state_dict(), **saved["state_dict"]})
     args.num_frames, args.prompts = model.config.num_frames, model.config.prompts
     return model.to(args.device)
@@ -236,6 +240,8 @@ def evaluate(model, classes, clips, args):
         with autocast(args):
             features = model.encode_video(videos.to(args.device))
         probabilities = class_probabilities(features, texts)
+        if not probabilities.isfinite().all():
+            raise ValueError("the model's features are not finite: its weights are broken")
         best = probabilities.topk(min(5, len(classes))).indices.cpu() == labels[:, None]
         hits += torch.stack([best[:, 0].sum(), best.sum()])
     top1, top5 = (100 * hits / len(clips)).tolist()
@@ -280,8 +286,9 @@ def train(model, classes, clips, tests, args, saved):
     epoch, clip). So a resumed run takes the very steps of one that was never stopped.
     """
     out, device = Path(args.out), torch.device(args.device)
-    words = {word for name in classes for word in data.class_text(name).split()}
-    flip = not (args.no_augment or args.no_flip or words & {"left", "right"})
+    names = "\n".join(map(data.class_text, classes))
+    flip = not (args.no_augment or args.no_flip
+                or re.search(r"(?<![a-z])(left|right)(?![a-z])", names))
     size = sum(p.numel() for p in trained(model).values())
     print(f"training {size:,} parameters on {args.device}, {len(clips)} clips of "
           f"{len(classes)} classes, {'' if flip else 'not '}mirrored")
@@ -296,7 +303,10 @@ def train(model, classes, clips, tests, args, saved):
         [{"params": [p for name, p in trained(model).items() if ("prompts" in name) == prompts]}
          for prompts in lrs], betas=(0.9, 0.98), eps=1e-8, weight_decay=args.weight_decay)
     step, seconds, rows, sums = 0, 0.0, [], [0.0, 0.0, 0.0]
+    clips_sha256 = hashlib.sha256(repr((classes, clips)).encode()).hexdigest()
     if saved:
+        if saved["clips_sha256"] != clips_sha256:
+            raise ValueError(f"{out}: the run had other training clips or classes than these")
         optimizer.load_state_dict(saved["optimizer"])
         step, seconds, rows, sums = (saved[key] for key in ("step", "seconds", "rows", "sums"))
         print(f"resumed at step {step} of {total}")
@@ -305,7 +315,7 @@ def train(model, classes, clips, tests, args, saved):
         torch.save({"state_dict": {name: p.detach() for name, p in trained(model).items()},
                     "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
                     "rows": rows, "sums": sums, "args": vars(args), "classes": classes,
-                    "backbone_sha256": model.weights_sha256}, path)
+                    "clips_sha256": clips_sha256, "backbone_sha256": model.weights_sha256}, path)
 
     steps = batches(len(clips), args.batch_size, step, total, args.seed)
     stream = data.loader(dataset, steps, args.workers, pin_memory=device.type == "cuda")
@@ -385,8 +395,9 @@ def figure(width, height, mosaic, **options):
 
 
 def save_figure(fig, path):
+    import matplotlib.pyplot as plt
     write(path, lambda temporary: fig.savefig(temporary, dpi=120, format="png"))
-    fig.clf()
+    plt.close(fig)
 
 
 def plot_curves(path, rows):
@@ -455,6 +466,7 @@ def run(argv):
     for names, _ in ((classes, clips), *tests.values()):
         tokens_of(names, args, model)  # a text too long is to show before anything is written
     out.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=out).close()  # an error now, if the folder cannot be written to
     if args.eval_only:
         results, seconds = evaluate_all(model, tests, args, {}), time.monotonic() - began
     else:
@@ -482,7 +494,7 @@ def ablate(out, common, rows):
 
 
 PRETRAINING = ("--tune all --num-frames 1 --prompts none --no-adapters --motion-weight 0 "
-               "--epochs 5 --batch-size 128 --lr 2e-3 --weight-decay 0.02")
+               "--epochs 5 --batch-size 128 --lr 1e-3 --weight-decay 0.02")
 ADAPTATION = "--num-frames 4 --epochs 33 --batch-size 32 --lr 8e-3 --prompt-lr 0.3"
 
 
@@ -528,13 +540,5 @@ def demo(argv):
     print(f"{time.monotonic() - began:.0f} s; {out}/results.json, {out}/demo.png")
 
 
-def main():
-    try:
-        demo(sys.argv[1:]) if "--demo" in sys.argv else run(sys.argv[1:])
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
 if __name__ == "__main__":
-    main()
+    data.command(lambda: (demo if "--demo" in sys.argv else run)(sys.argv[1:]))
