@@ -97,14 +97,14 @@ def tokenize(texts, context_length=77, truncate=False):
     says how many it has; with `truncate` it is cut and keeps its end-of-text token.
     """
     start, end = (_vocabulary()[0][token] for token in SPECIAL)
-    texts = [texts] if isinstance(texts, str) else texts
+    texts = [texts] if isinstance(texts, str) else list(texts)
     result = torch.zeros(len(texts), context_length, dtype=torch.long)
     for row, text in zip(result, texts):
         ids = [start, *encode(text), end]
         if len(ids) > context_length:
             if not truncate:
                 raise ValueError(f"a text has {len(ids)} tokens with start and end, "
-                                 f"{context_length} fit: {text!r}")
+                                 f"{context_length} fit: {text[:60]!r}")
             ids[context_length - 1 :] = [end]
         row[: len(ids)] = torch.tensor(ids)
     return result

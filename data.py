@@ -462,7 +462,8 @@ def command(run):
     try:
         run()
     except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        line = "".join(c if c.isprintable() else " " for c in str(error))  # names may hold any
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("error: stopped", file=sys.stderr)

@@ -3,6 +3,7 @@
 Paper: "EZ-CLIP: Efficient Zeroshot Video Action Recognition", arXiv 2312.08010 (T2L, its successor,
 is the same method). CLIP stays frozen; temporal prompts, adapters and a motion loss are new.
 
+    import torch, clip_tokenizer
     from ezclip import EZCLIP, contrastive_loss, motion_loss
     model = EZCLIP.from_pretrained("ViT-B/16", num_frames=8)      # or a weights file on disk
     model.freeze_backbone()                                       # 5204736 trainable parameters
@@ -116,17 +117,6 @@ class Attention(nn.Module):
         return self.out_proj(x.transpose(1, 2).flatten(2))
 
 
-class MLP(nn.Module):
-    def __init__(self, width, activation):
-        super().__init__()
-        self.c_fc = nn.Linear(width, 4 * width)
-        self.activation = QuickGELU() if activation == "quick_gelu" else nn.GELU()
-        self.c_proj = nn.Linear(4 * width, width)
-
-    def forward(self, x):
-        return self.c_proj(self.activation(self.c_fc(x)))
-
-
 class Adapter(nn.Module):
     """D -> D/4 -> D, without a skip connection; fc2 starts at zero and so does the result."""
 
@@ -148,7 +138,9 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(width, depth * config.attention_dropout, causal)
         self.ln_1 = nn.LayerNorm(width)
-        self.mlp = MLP(width, config.activation)
+        gelu = QuickGELU() if config.activation == "quick_gelu" else nn.GELU()
+        self.mlp = nn.Sequential(OrderedDict(
+            c_fc=nn.Linear(width, 4 * width), gelu=gelu, c_proj=nn.Linear(4 * width, width)))
         self.ln_2 = nn.LayerNorm(width)
         self.adapter = Adapter(width) if config.adapters else None
         self.temporal_adapter = Adapter(width) if config.temporal_adapter and not causal else None
@@ -208,12 +200,12 @@ class VisionTransformer(nn.Module):
         c, D = config, config.vision_width
         num_patches = (c.image_size // c.patch_size) ** 2
         self.conv1 = nn.Conv2d(3, D, c.patch_size, stride=c.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(torch.randn(D) * D**-0.5)
-        self.positional_embedding = nn.Parameter(torch.randn(num_patches + 1, D) * D**-0.5)
+        self.class_embedding = nn.Parameter(torch.empty(D))
+        self.positional_embedding = nn.Parameter(torch.empty(num_patches + 1, D))
         self.ln_pre = nn.LayerNorm(D)
         self.transformer = Transformer(D, c.vision_layers, c, causal=False, prompts=c.prompts)
         self.ln_post = nn.LayerNorm(D)
-        self.proj = nn.Parameter(torch.randn(D, c.embed_dim) * D**-0.5)
+        self.proj = nn.Parameter(torch.empty(D, c.embed_dim))
 
     def forward(self, frames, num_frames):
         """(B*T, 3, S, S) -> (B*T, E)"""
@@ -236,12 +228,21 @@ class EZCLIP(nn.Module):
         self.visual = VisionTransformer(c)
         self.transformer = Transformer(c.text_width, c.text_layers, c, causal=True)
         self.token_embedding = nn.Embedding(c.vocab_size, c.text_width)
-        self.positional_embedding = nn.Parameter(torch.randn(c.context_length, c.text_width) * 0.01)
+        self.positional_embedding = nn.Parameter(torch.empty(c.context_length, c.text_width))
         self.ln_final = nn.LayerNorm(c.text_width)
-        self.text_projection = nn.Parameter(
-            torch.randn(c.text_width, c.embed_dim) * c.text_width**-0.5)
+        self.text_projection = nn.Parameter(torch.empty(c.text_width, c.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        if not self.logit_scale.is_meta:  # where only shapes are wanted
+            self._initialise()
+
+    def _initialise(self):
+        """CLIP's initialisation; the new modules have initialised themselves."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=self.config.text_width**-0.5)
+        for parameter in (self.visual.class_embedding, self.visual.positional_embedding,
+                          self.visual.proj):
+            nn.init.normal_(parameter, std=self.config.vision_width**-0.5)
         for blocks in (self.visual.transformer.resblocks, self.transformer.resblocks):
             for block in blocks:
                 width = block.attn.out_proj.in_features
@@ -286,10 +287,7 @@ class EZCLIP(nn.Module):
 
     def similarity(self, video_features, text_features):
         """Logits exp(logit_scale) * cosine, always in fp32: (B, E), (N, E) -> (B, N)."""
-        with torch.autocast(video_features.device.type, enabled=False):
-            video_features = F.normalize(video_features.float(), dim=-1)
-            text_features = F.normalize(text_features.float(), dim=-1)
-            return self.logit_scale.exp() * video_features @ text_features.T
+        return self.logit_scale.exp() * _cosine(video_features, text_features)
 
     def forward(self, video, tokens):
         """Logits of every video for every text: (B, T, 3, S, S), (N, L) -> (B, N)."""
@@ -325,10 +323,14 @@ class EZCLIP(nn.Module):
         for name, value in config_overrides.items():
             if settled.get(name, value) != value:
                 raise ValueError(f"{path}: has {name} {settled[name]!r}, not {value!r}")
-        config = Config(**{**config_overrides, **settled,
-                           "num_frames": frames if num_frames is None else num_frames})
-        with torch.device("meta"):  # check before anything of a size that the file claims exists
-            parameters = file.tensors(cls(config))
+        try:
+            config = Config(**{**config_overrides, **settled,
+                               "num_frames": frames if num_frames is None else num_frames})
+            with torch.device("meta"):  # sizes that a file claims take no memory before the check
+                blank = cls(config)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from None
+        parameters = file.tensors(blank)
         model = cls(config)
         model.load_state_dict({**model.state_dict(), **parameters})
         model.weights_sha256, model.weights_adapted = sha256, file.adapted
@@ -370,10 +372,12 @@ def class_probabilities(video_features, text_features, logit_scale=100.0):
     video_features: (B, E), text_features: (templates, classes, E), normalised here. Returns
     (B, classes). The scale is that of the official evaluation.
     """
-    with torch.autocast(video_features.device.type, enabled=False):  # scaled by 100: in fp32
-        video_features = F.normalize(video_features.float(), dim=-1)
-        text_features = F.normalize(text_features.float(), dim=-1)
-        return (logit_scale * video_features @ text_features.mT).softmax(-1).mean(0)
+    return (logit_scale * _cosine(video_features, text_features)).softmax(-1).mean(0)
+
+
+def _cosine(a, b):
+    with torch.autocast(a.device.type, enabled=False):  # what is scaled by 100 is not for bf16
+        return F.normalize(a.float(), dim=-1) @ F.normalize(b.float(), dim=-1).mT
 
 
 # Weights files. A file is hostile until it has been read; nothing in it is ever executed.
@@ -435,17 +439,21 @@ class _WeightsFile:
         for key in ("model_state_dict", "state_dict"):
             if isinstance(state, dict) and isinstance(state.get(key), dict):
                 state = state[key]
-        if not isinstance(state, dict) or any(not isinstance(key, str) or not isinstance(
-                value, torch.Tensor) for key, value in state.items()):
+        if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
             raise ValueError(f"{path}: not weights, for it is no dict of names and tensors")
-        if sum(value.nbytes for value in state.values()) > os.path.getsize(path):
-            raise ValueError(f"{path}: its tensors claim more bytes than the file has")
         prefix = "module." if all(key.startswith("module.") for key in state) else ""
         self.state = {key[len(prefix):]: value for key, value in state.items()
                       if not re.fullmatch(_NO_WEIGHTS, key[len(prefix):])}
-        self.adapted = any(re.search("(?i)adapter|_prompt", key) for key in self.state)
-        self.hugging_face = any(key.startswith("vision_model.") for key in self.state)
-        official = any(re.search("Adapter|T_prompt", key) for key in self.state)
+        _refuse(path, "not tensors of weights", [
+            key for key, value in self.state.items() if not isinstance(value, torch.Tensor) or
+            value.layout != torch.strided or value.device.type != "cpu" or value.numel() == 0
+            or value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64)])
+        if sum(v.numel() * v.element_size() for v in self.state.values()) > os.path.getsize(path):
+            raise ValueError(f"{path}: its tensors claim more bytes than the file has")
+        added = re.compile(r".*(resblocks\.\d+\.(T_|temporal_)?[Aa]dapter\.|T_prompt|temporal_)")
+        self.adapted = any(map(added.match, self.state))
+        self.hugging_face = "vision_model.embeddings.class_embedding" in self.state
+        official = any("Adapter." in key or "T_prompt" in key for key in self.state)
         self.names = _HUGGING_FACE if self.hugging_face else _OFFICIAL if official else ()
         self.temporal_embedding = self.state.pop("visual.temporal_embedding", torch.zeros(0))
         if self.temporal_embedding.any():
@@ -480,6 +488,8 @@ class _WeightsFile:
             vision_layers=layers("visual.transformer.resblocks."),
             context_length=context_length, vocab_size=shape("token_embedding.weight", 2)[0],
             text_width=text_width, text_layers=layers("transformer.resblocks."))
+        if 12 * (settled["vision_layers"] + settled["text_layers"]) > len(self.state) + 100:
+            raise ValueError(f"{self.path}: not a CLIP ViT, its layers are incomplete")
         if self.adapted:
             prompts, rows = "visual.transformer.temporal_prompts", 0
             if self.keys(prompts)[0] in self.state:
@@ -508,17 +518,21 @@ class _WeightsFile:
             elif "temporal_prompts" in name and parts[0].ndim == 3:
                 prompts = parts[0].float().mT  # (layers, D, T)
                 parts = [F.interpolate(prompts, shape[1], mode="linear").mT]
-            wrong = [f"{key} ({part.dtype} {tuple(part.shape)}, expected {shape})" for key, part
-                     in zip(keys, parts) if part.shape != shape or not part.is_floating_point()]
+            wrong = [f"{key} ({tuple(part.shape)}, expected {shape})"
+                     for key, part in zip(keys, parts) if part.shape != shape]
             misshapen += wrong
             if not wrong:
                 found[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
-        for what, keys in (("missing", missing), ("unexpected", [*left]), ("misshapen", misshapen)):
-            if keys:
-                more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-                raise ValueError(f"{self.path}: does not fit a CLIP ViT, {what}: "
-                                 + ", ".join(keys[:8]) + more)
+        _refuse(self.path, "does not fit a CLIP ViT, missing", missing)
+        _refuse(self.path, "does not fit a CLIP ViT, unexpected", [*left])
+        _refuse(self.path, "does not fit a CLIP ViT, misshapen", misshapen)
         return found
+
+
+def _refuse(path, problem, keys):
+    if keys:
+        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
+        raise ValueError(f"{path}: {problem}: {', '.join(keys[:8])}{more}")
 
 
 def read_weights(path):
@@ -532,7 +546,9 @@ def read_weights(path):
     except FileNotFoundError:
         raise
     except Exception as error:  # there is no bound to what a hostile file makes a reader raise
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        reason = "it was not written by torch.save, or holds more than tensors"
+        if not isinstance(error, pickle.UnpicklingError):  # whose text advises to trust the file
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise ValueError(f"{path}: cannot be read as weights: {reason}") from None
 
 
@@ -544,8 +560,8 @@ def _read(path, size):
             return load_file(path)
         if header.startswith(b"PK"):  # TorchScript may compress its code, which is never read
             archive = zipfile.ZipFile(file)
-            entries = [e for e in archive.infolist() if "/code/" not in e.filename]
-            if any(e.compress_type or e.file_size > size for e in entries):
+            entries = [e for e in archive.infolist() if e.filename.split("/")[1:2] != ["code"]]
+            if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > size:
                 raise ValueError("the entries of an archive of weights are not compressed")
             if any(e.filename.endswith("/constants.pkl") for e in entries):
                 return _read_torchscript(archive)
@@ -553,50 +569,58 @@ def _read(path, size):
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-class _Unpickler(pickle._Unpickler):  # Python's own: no index in a file can inflate its memo
-    """Reads a tree of TorchScript modules: tensors, containers, and empty shells for modules."""
-    dispatch = {k: v for k, v in pickle._Unpickler.dispatch.items() if k != pickle.BYTEARRAY8[0]}
-    storages = {"HalfStorage": torch.float16, "BFloat16Storage": torch.bfloat16,
-                "FloatStorage": torch.float32, "DoubleStorage": torch.float64,
-                "LongStorage": torch.int64, "IntStorage": torch.int32, "BoolStorage": torch.bool}
+class _Stored(list):
+    """A tensor of an archive before it is read: [storage, offset, size, stride, ...]."""
 
-    def __init__(self, archive, root):
-        super().__init__(archive.open(root + "data.pkl"))
-        self.archive, self.root, self.shell = archive, root, type("Shell", (), {})
+
+class _Unpickler(pickle._Unpickler):  # Python's own: no index in a file can inflate its memo
+    """Reads a tree of TorchScript modules with the opcodes that these take and no others.
+
+    Modules become empty shells, tensors descriptions, and tuples lists, for nested tuples can keep
+    hash() busy for ever.
+    """
+    dispatch = {code: pickle._Unpickler.dispatch[code] for code in
+                b"\x80.(lN\x88\x89KMJ\x8aGX])}eubQcR\x81qrhj"}
+    dispatch[pickle.TUPLE[0]] = dispatch[pickle.LIST[0]]
+    for n in (1, 2, 3):  # the opcodes TUPLE1, TUPLE2 and TUPLE3
+        dispatch[0x84 + n] = lambda self, n=n: self.stack.append(
+            [self.stack.pop() for _ in range(n)][::-1])
+    shell = type("Shell", (), {})
+    known = {("torch", f"{name}Storage"): getattr(torch, name.lower()) for name in
+             ("Half", "BFloat16", "Float", "Double", "Long", "Int", "Bool")}
+    known["collections", "OrderedDict"] = lambda *_: None  # a tensor's hooks
+    known["torch._utils", "_rebuild_tensor_v2"] = lambda *description: _Stored(description)
 
     def find_class(self, module, name):
-        if module.startswith("__torch__."):
+        if module.split(".")[0] == "__torch__":
             return self.shell
-        if module == "torch" and name in self.storages:
-            return self.storages[name]
         if module == "torch.jit._pickle":  # build_intlist, restore_type_tag: the first is the value
             return lambda value, *_: value
-        known = {"collections.OrderedDict": OrderedDict,
-                 "torch._utils._rebuild_tensor_v2": lambda storage, offset, size, stride, *_:
-                     storage.as_strided(size, stride, offset)}  # an error beyond the storage's end
-        if f"{module}.{name}" not in known:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place among weights")
-        return known[f"{module}.{name}"]
+        if (module, name) not in self.known:
+            raise ValueError(f"{module}.{name} has no place among weights")
+        return self.known[module, name]
 
     def persistent_load(self, pid):
-        _, dtype, key, _, numel = pid
-        stored = bytearray(self.archive.read(f"{self.root}data/{key}"))
-        return torch.frombuffer(stored, dtype=dtype, count=numel) if stored else torch.empty(0)
+        return pid
 
 
 def _read_torchscript(archive):
     """The state dict of a TorchScript archive, without torch.jit: deprecated, and it runs code."""
     root, = (n[:-8] for n in archive.namelist() if re.fullmatch("[^/]+/data.pkl", n))
-    unpickler = _Unpickler(archive, root)
-    state, seen, modules = {}, set(), [("", unpickler.load())]
+    tree = _Unpickler(archive.open(root + "data.pkl")).load()
+    state, storages, seen, modules = {}, {}, set(), [("", tree)]
     while modules:
         prefix, module = modules.pop()
-        if id(module) in seen:
-            raise ValueError("a module stands in it twice")
+        if id(module) in seen or len(prefix) > 200:
+            raise ValueError("its modules are no tree")
         seen.add(id(module))
         for name, value in vars(module).items():
-            if isinstance(value, unpickler.shell):
+            if isinstance(value, _Unpickler.shell):
                 modules.append((f"{prefix}{name}.", value))
-            elif isinstance(value, torch.Tensor):
-                state[prefix + name] = value
+            elif isinstance(value, _Stored):
+                (_, dtype, key, _, numel), offset, size, stride, *_ = value
+                if key not in storages:
+                    storages[key] = bytearray(archive.read(f"{root}data/{key}"))
+                stored = torch.frombuffer(storages[key], dtype=dtype, count=numel)
+                state[prefix + name] = stored.as_strided(size, stride, offset)  # checks its bounds
     return state

@@ -416,8 +416,8 @@ def test_loading_is_strict(tmp_path):
     others = {k: v for k, v in state.items() if k != key}
     for change, word in ((others, "missing"), ({**state, **extra}, "unexpected: extra.weight"),
                          ({**state, key: torch.zeros(3, 3)}, "misshapen"),
-                         ({**state, key: state[key].long()}, "misshapen"),
-                         ({**state, "note": "text"}, "no dict of names and tensors"),
+                         ({**state, key: state[key].long()}, "not tensors of weights: visual"),
+                         ({**state, "note": "text"}, "not tensors of weights: note"),
                          ({}, "missing or misshapen: visual.conv1"), ([1, 2], "no dict")):
         torch.save(change, path)
         with pytest.raises(ValueError, match=word) as error:
