@@ -159,7 +159,7 @@ def _read_labels(path):
     try:
         for number, row in enumerate(csv.reader(io.StringIO(_read_text(path)), strict=True), 1):
             row = [cell.strip() for cell in (row if len(row) != 1 else row[0].split(maxsplit=1))]
-            if not row or number == 1 and row[0].lower() in ("id", "label"):
+            if not row or number == 1 and len(row) > 1 and not row[0].isdecimal():
                 continue
             if len(row) < 2 or not row[0].isdecimal() or not row[1]:
                 raise ValueError(f"{path}:{number}: expected id,name and not {','.join(row)!r}")
@@ -181,16 +181,16 @@ def _read_split(path, clips, class_of, root):
         by_stem.setdefault(_stem(name), []).append(clip)
     for number, line in enumerate(_read_text(path).splitlines(), 1):
         where, line, found = f"{path}:{number}", line.strip(), {}
+        if not line:
+            continue
         for n in (2, 1, 0):  # <number of frames> <label>, or <label>, or neither
-            clip, *words = line.rsplit(maxsplit=n) if line else [""]
+            clip, *words = line.rsplit(maxsplit=n)
             if len(words) == n and all(word.isdecimal() for word in words):
                 *_, parent, name = "", *re.split(r"[/\\]+", clip.rstrip("/\\"))
                 there = by_name.get(name) or by_stem.get(_stem(name), [])
                 if len(there) > 1:  # clips of one name in several classes
                     there = [c for c in there if c.split("/")[0] == parent] or there
                 found.update({c: words[-1] if words else None for c in there})
-        if not line:
-            continue
         if len(found) != 1:
             problem = f"fits all of {', '.join(found)}" if found else f"fits no folder below {root}"
             raise ValueError(f"{where}: {line!r} {problem}; expected <clip> [<frames>] <label>")
