@@ -943,7 +943,7 @@ def test_resume_starts_where_nothing_is_and_refuses_another_run(world, tmp_path)
                         (["--resume", "--out", tmp_path / "damaged"], "a damaged checkpoint"),
                         ([], "holds a run; --resume")):
         (tmp_path / "damaged").mkdir(exist_ok=True)
-        torch.save({**saved, "step": "a"}, tmp_path / "damaged/last.pt")
+        torch.save({**saved, "optimizer": {"state": {}}}, tmp_path / "damaged/last.pt")
         status, errors = command([*world.common, "--out", out, *flags])
         assert status == 2 and errors.count("\n") == 1 and word in errors, errors
     assert before == {path: path.read_bytes() for path in out.iterdir()}

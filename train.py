@@ -50,47 +50,51 @@ def template(text):
 
 
 def parser():
-    p = Parser(description="Train and evaluate EZ-CLIP on folders of frames.", allow_abbrev=False,
-               formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = Parser(allow_abbrev=False, description="Train and evaluate EZ-CLIP on "
+               "folders of frames. In parentheses: what holds without a flag.")
     flag = p.add_argument
     # data
     flag("--data", help="folder of frames: <class>/<clip>/img_00001.jpg")
     flag("--train-list", help="training clips, a line each: <clip> [<number of frames>] <label>")
     flag("--test-list", help="test clips, likewise")
-    flag("--labels", help="CSV id,name; without it the sorted class folders")
+    flag("--labels", help="CSV id,name (the sorted class folders)")
     flag("--templates", type=template, nargs="+", metavar="TEXT", default=list(data.TEMPLATES),
-         help="texts with {} in place of the class name")
+         help="texts with {} for the class name (the 16 of the official code)")
     flag("--base-to-novel", action="store_true",
          help="train on the half of the classes with more training clips, test on either half")
-    flag("--no-flip", action="store_true", help="never mirror; so if a class is left or right")
+    flag("--no-flip", action="store_true", help="never mirror clips (nor where a class has sides)")
     flag("--no-augment", action="store_true", help="no random crops, mirroring and colours")
     # model
-    flag("--clip", help="ViT-B/32, ViT-B/16 (if not given), ViT-L/14, ViT-L/14@336px, or a file")
-    flag("--num-frames", type=at_least(1), help="frames per clip; 8 if not given")
-    flag("--prompts", choices=("deep", "shallow", "none"), help="deep if not given")
+    flag("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file (ViT-B/16)")
+    flag("--num-frames", type=at_least(1), help="frames per clip (8, or the checkpoint's)")
+    flag("--prompts", choices=("deep", "shallow", "none"), help="temporal prompts: where (deep)")
     flag("--no-adapters", action="store_true", help="leave out the adapters")
     flag("--temporal-adapter", action="store_true", help="add attention over time at every token")
-    flag("--tune", choices=("new", "all"), default="new", help="train the new parts, or CLIP too")
+    flag("--tune", choices=("new", "all"), default="new",
+         help="train what is new, or CLIP too (%(default)s)")
     # optimisation
-    flag("--epochs", type=at_least(1), default=50, help="passes over the training clips")
-    flag("--batch-size", type=at_least(1), default=70, help="clips per step")
-    flag("--lr", type=at_least(0, float), default=5e-5, help="highest learning rate")
-    flag("--prompt-lr", type=at_least(0, float), help="that of the prompts; --lr without it")
-    flag("--weight-decay", type=at_least(0, float), default=0.2, help="of AdamW")
-    flag("--warmup-epochs", type=at_least(0, float), default=5, help="at most a tenth of all steps")
-    flag("--motion-weight", type=at_least(0, float), default=1.0, help="of the motion loss")
-    flag("--seed", type=at_least(0), default=0, help="of all that is random")
+    flag("--epochs", type=at_least(1), default=50, help="passes over all clips (%(default)s)")
+    flag("--batch-size", type=at_least(1), default=70, help="clips per step (%(default)s)")
+    flag("--lr", type=at_least(0, float), default=5e-5, help="highest learning rate (%(default)s)")
+    flag("--prompt-lr", type=at_least(0, float), help="highest of the prompts (--lr)")
+    flag("--weight-decay", type=at_least(0, float), default=0.2, help="of AdamW (%(default)s)")
+    flag("--warmup-epochs", type=at_least(0, float), default=5,
+         help="linear from 0, at most a tenth of all steps (%(default)s)")
+    flag("--motion-weight", type=at_least(0, float), default=1.0,
+         help="of the motion loss (%(default)s)")
+    flag("--seed", type=at_least(0), default=0, help="of all that is random (%(default)s)")
     # the run
-    flag("--out", help="its folder; runs/<data> without it")
+    flag("--out", help="folder of the run (runs/<data>, with a counter when taken)")
     flag("--resume", action="store_true", help="continue the run in --out")
     flag("--checkpoint", help="weights to start from: a last.pt or one of the official code")
     flag("--eval-only", action="store_true", help="do not train")
-    flag("--eval-every", type=at_least(1), help="epochs; without it only at the end")
+    flag("--eval-every", type=at_least(1), help="epochs between evaluations (only at the end)")
     flag("--shuffle-frames", action="store_true", help="a control: test clips in random order")
-    flag("--workers", type=at_least(0), default=min(8, os.cpu_count()), help="loading processes")
+    flag("--workers", type=at_least(0), default=min(8, os.cpu_count()),
+         help="processes that load clips (%(default)s)")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     flag("--device", type=usable_device, default="cuda" if cuda else "mps" if mps else "cpu",
-         help="of torch: cuda, cuda:1, mps, cpu")
+         help="cuda, cuda:1, mps or cpu (%(default)s)")
     flag("--demo", action="store_true", help="the method on a rendered world; needs no --data")
     return p
 
@@ -307,7 +311,10 @@ def train(model, classes, clips, tests, args, saved):
     if saved:
         if saved["clips_sha256"] != clips_sha256:
             raise ValueError(f"{out}: the run had other training clips or classes than these")
-        optimizer.load_state_dict(saved["optimizer"])
+        try:
+            optimizer.load_state_dict(saved["optimizer"])
+        except (KeyError, TypeError, AttributeError, ValueError):
+            raise ValueError(f"{out / 'last.pt'}: is a damaged checkpoint") from None
         step, seconds, rows, sums = (saved[key] for key in ("step", "seconds", "rows", "sums"))
         print(f"resumed at step {step} of {total}")
 
