@@ -1020,6 +1020,14 @@ def test_accuracy_counts_every_clip(world):
     assert result == {"top1": round(100 * hits / 15, 2), "top5": 100.0, "n": 15, "classes": 3}
 
 
+def test_flags_reach_the_model(world, tmp_path):
+    flags = ["--activation", "gelu", "--no-adapters", "--prompts", "shallow", "--temporal-adapter"]
+    args, saved, path = train.parse([*world.common, *flags, "--out", str(tmp_path / "run")])
+    config = train.build_model(args, saved, path).config
+    assert (config.activation, config.adapters, config.prompts) == ("gelu", False, "shallow")
+    assert config.temporal_adapter and config.num_frames == 4
+
+
 def test_batches_are_a_function_of_the_step():
     whole = list(train.batches(10, 4, 0, 6, seed=1))
     assert list(train.batches(10, 4, 3, 6, seed=1)) == whole[3:]

@@ -66,6 +66,8 @@ def parser():
     flag("--no-augment", action="store_true", help="no random crops, mirroring and colours")
     # model
     flag("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file (ViT-B/16)")
+    flag("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu",
+         help="gelu for CLIPs that open_clip trained; no weight tells (%(default)s)")
     flag("--num-frames", type=at_least(1), help="frames per clip (8, or the checkpoint's)")
     flag("--prompts", choices=("deep", "shallow", "none"), help="temporal prompts: where (deep)")
     flag("--no-adapters", action="store_true", help="leave out the adapters")
@@ -106,7 +108,7 @@ SAVE_SECONDS = 600  # between checkpoints within an epoch
 HERE = ("out", "resume", "workers", "device")
 FREE = ("eval_every", "data", "train_list", "test_list", "labels", "clip", "checkpoint")
 # Flags that describe the model: a checkpoint of ours brings them along.
-MODEL = ("clip", "num_frames", "prompts", "no_adapters", "temporal_adapter", "tune")
+MODEL = ("clip", "activation", "num_frames", "prompts", "no_adapters", "temporal_adapter", "tune")
 CHECKPOINT = dict(args=dict, state_dict=dict, optimizer=dict, step=int, seconds=float, rows=list,
                   sums=list, classes=list, clips_sha256=str, backbone_sha256=str)
 
@@ -189,8 +191,9 @@ def build_model(args, saved, path):
     switches = dict(prompts=args.prompts, adapters=False if args.no_adapters else None,
                     temporal_adapter=args.temporal_adapter or None)
     torch.manual_seed(args.seed)  # of the new modules
-    model = EZCLIP.from_pretrained(args.clip, args.num_frames,
-                                   **{k: v for k, v in switches.items() if v is not None})
+    switches = {k: v for k, v in switches.items() if v is not None}
+    model = EZCLIP.from_pretrained(args.clip, args.num_frames, activation=args.activation,
+                                   **switches)
     if path and not saved and not model.weights_adapted:
         raise ValueError(f"{args.clip}: is plain CLIP, to be given as --clip")
     if model.config.vocab_size != 49408:
