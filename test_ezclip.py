@@ -941,10 +941,13 @@ def test_resume_starts_where_nothing_is_and_refuses_another_run(world, tmp_path)
                         (["--resume", "--num-frames", "2"], "--num-frames 4"),
                         (["--resume", "--data", more], "other training clips"),
                         (["--resume", "--out", tmp_path / "damaged"], "a damaged checkpoint"),
-                        ([], "holds a run; --resume")):
+                        ([], "holds a run; --resume"),
+                        (None, "no run to resume there, and no --data")):
         (tmp_path / "damaged").mkdir(exist_ok=True)
         torch.save({**saved, "optimizer": {"state": {}}}, tmp_path / "damaged/last.pt")
-        status, errors = command([*world.common, "--out", out, *flags])
+        nothing = ["--resume", "--checkpoint", out / "last.pt", "--out", tmp_path / "nothing"]
+        flags = nothing if flags is None else [*world.common, "--out", out, *flags]
+        status, errors = command(flags)
         assert status == 2 and errors.count("\n") == 1 and word in errors, errors
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 

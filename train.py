@@ -138,12 +138,12 @@ def parse(argv):
                 f"--{k.replace('_', '-')} {old[k]}" for k in changed))
     elif resumed:
         raise ValueError(f"{path}: is no checkpoint of a run")
-    elif not args.data:
-        raise ValueError(f"{out}: no run to resume there, and no --data to start one")
     elif args.checkpoint and args.clip:
         raise ValueError(f"{args.checkpoint}: brings its own CLIP, leave --clip out")
     else:
         saved, args.clip = None, args.checkpoint or args.clip or "ViT-B/16"
+    if not args.data:
+        raise ValueError(f"{out}: no run to resume there, and no --data to start one")
     args.out, args.resume = str(out), resumed
     return args, saved, path
 
@@ -188,12 +188,12 @@ def build_model(args, saved, path):
     if args.eval_only and not args.checkpoint and not args.prompts:
         print("no --checkpoint: this evaluates plain CLIP, without prompts and adapters")
         args.prompts, args.no_adapters = "none", True
-    switches = dict(prompts=args.prompts, adapters=False if args.no_adapters else None,
-                    temporal_adapter=args.temporal_adapter or None)
+    given = {"activation": args.activation}  # what no flag says, the file may
+    given |= {"prompts": args.prompts} if args.prompts else {}
+    given |= {"adapters": False} if args.no_adapters else {}
+    given |= {"temporal_adapter": True} if args.temporal_adapter else {}
     torch.manual_seed(args.seed)  # of the new modules
-    switches = {k: v for k, v in switches.items() if v is not None}
-    model = EZCLIP.from_pretrained(args.clip, args.num_frames, activation=args.activation,
-                                   **switches)
+    model = EZCLIP.from_pretrained(args.clip, args.num_frames, **given)
     if path and not saved and not model.weights_adapted:
         raise ValueError(f"{args.clip}: is plain CLIP, to be given as --clip")
     if model.config.vocab_size != 49408:
