@@ -9,16 +9,20 @@ name the class of each clip. A clip leaves here as uint8 (T, 3, S, S); no model 
 
 import argparse
 import csv
+import functools
 import hashlib
 import io
+import json
 import math
 import os
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -57,78 +61,142 @@ def class_text(name):
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " ")).lower()
 
 
+@functools.cache
+def class_key(name):
+    """What the spellings of a class share: BrushHair, brush_hair, Brush hair -> brushhair."""
+    return re.sub(r"[\s-]", "", class_text(name))
+
+
 # ---- which clips there are ----
 
-def index_frames(root, train_list=None, test_list=None, labels=None):
+class Split(NamedTuple):
+    """Clips of a data set: pairs of a folder below `root` and the position of its class."""
+    root: Path
+    classes: list
+    clips: list
+    source: str  # the list or the rule that chose them
+
+    def only(self, keys):
+        """The clips of the classes of some `class_key`s."""
+        kept = [k for k, name in enumerate(self.classes) if class_key(name) in keys]
+        position = {k: i for i, k in enumerate(kept)}
+        return self._replace(classes=[self.classes[k] for k in kept], clips=[
+            (clip, position[k]) for clip, k in self.clips if k in position])
+
+    def shots(self, count, seed):
+        """`count` random clips of each class; a seed's fewer shots are among its more shots."""
+        ranked = _ranked(self.clips, f"{seed}/")
+        for k, name in enumerate(self.classes):
+            if len(ranked[k]) < count:
+                raise ValueError(f"{self.root}: {name} has {len(ranked[k])} training clips, which "
+                                 f"is less than {count} shots")
+        chosen = {clip for clips in ranked.values() for clip in clips[:count]}
+        return self._replace(clips=[item for item in self.clips if item[0] in chosen],
+                             source=f"{count} shots of {self.source}")
+
+
+def index_frames(root, train_list=None, test_list=None, labels=None, allow_missing=False,
+                 whole=False):
     """Find the clips below `root` and their classes; no clip's own folder is listed for that.
 
-    train_list, test_list: files of lines `<clip> [<number of frames>] [<label>]` (official, TSN,
-    mmaction2), where the longest tail of <clip> that exists below root counts. labels: a CSV
-    `id,name`; without it the classes are the sorted class folders and ids their positions. Without
-    lists UCF101's names give its split 1, all others a stable split: of each class the
-    max(1, n // 5) clips with the smallest name hash are for testing, the only clip never.
+    Lists (see `_read_list`) name clips by paths, of which the longest tail below root counts, and
+    classes by name, by numbers of `labels` (see `read_classes`), or not at all: then class folders
+    do, and numbers have to agree with them. Classes are those of `labels`, else of the lists, else
+    the folders. Without lists UCF101's names give its split 1, a folder train beside others that
+    split, and all else a stable one: of each class the max(1, n // 5) clips with the smallest name
+    hash are for testing, the only clip never. `whole`: all clips are for testing.
 
-    Prints what it found. Returns (classes, train, test): names, and lists of (folder below root,
-    position of its class). Raises OSError or ValueError that names the folder, or list and line.
+    Prints what it found; returns a training and a test Split. Raises OSError or ValueError that
+    names the folder, or list and line, and for clips without a folder unless `allow_missing`.
     """
-    root = Path(root)
+    root, lists = Path(root), (train_list, test_list)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    folders = _folders(root)
-    full = (root / f for f in folders if any(os.scandir(root / f)))
-    flat = next((bool(frame_names(f, needed=False)) and not _folders(f) for f in full), False)
-    clips = folders if flat else [f"{f}/{clip}" for f in folders for clip in _folders(root / f)]
+    names = {number: name for number, name, _ in read_classes(labels)} if labels else {}
+    folders, given = _clip_folders(root), {class_key(name): name for name in names.values()}
+    flat, splits, found, numbers = "/" not in folders[0], ({}, {}), {}, {}
+    if any(lists):
+        entries = [(i, *entry) for i, path in enumerate(lists) if path
+                   for entry in _match(path, i, folders, root, allow_missing)]
+    elif flat:
+        raise ValueError(f"{root}: clips without class folders need lists and --labels")
+    else:
+        entries = [(1, root, clip, None, None) for clip in folders]
+    for i, where, clip, parent, label in entries:
+        folder = parent if flat else clip.split("/")[-2]
+        if names and isinstance(label, int) and label not in names:
+            raise ValueError(f"{where}: label {label} has no name in {labels}")
+        name = label if isinstance(label, str) else names.get(label, folder)
+        key, there = class_key(name or ""), class_key(folder or "")
+        if not name or given and key not in given:
+            raise ValueError(f"{where}: {clip} has no class of {labels or 'known name: --labels'}")
+        if there in given or not (flat or given):
+            if there != key:
+                raise ValueError(f"{where}: {clip} is {name} by its label, but lies in {folder}")
+        if isinstance(label, int) and not given and (
+                numbers.setdefault(label, key) != key or numbers.setdefault(key, label) != label):
+            raise ValueError(f"{where}: label {label} is not {name} in all lines; see --labels")
+        if splits[i].setdefault(clip, key) != key:
+            raise ValueError(f"{where}: {clip} had another class before")
+        found[key] = name
+
+    sources = [Path(path).name if path else "all clips" for path in lists]
+    if not (any(lists) or whole):
+        sources, splits = _split(splits[1])
+    classes = given or {key: found[key] for key in sorted(found, key=found.get)}
+    position = {key: k for k, key in enumerate(classes)}
+    train, test = (Split(root, list(classes.values()), [(c, position[key]) for c, key in s.items()],
+                         source) for s, source in zip(splits, sources))
+    source = ", ".join(dict.fromkeys(split.source for split in (train, test) if split.clips))
+    print(f"{root}: {len(classes)} classes, {len(train.clips)} training and {len(test.clips)} test "
+          f"clips ({source})")
+    shared = len(splits[0].keys() & splits[1].keys())
+    if shared:
+        print(f"warning: {shared} test clips are training clips too", file=sys.stderr)
+    for split in (train, test):  # broken data is to show now, not after hours
+        for clip in {label: clip for clip, label in reversed(split.clips)}.values():
+            read_frame(root / clip / frame_names(root / clip)[0])
+    return train, test
+
+
+def _clip_folders(root):
+    """Folders below root, <clip>, <class>/<clip> or train/<class>/<clip>: as the first one lies."""
+    clips = _folders(root)
+    for _ in range(1 + any("train" in name.lower() for name in clips)):
+        first = next((root / clip for clip in clips if os.listdir(root / clip)), None)
+        if first and frame_names(first, needed=False) and not _folders(first):
+            break
+        clips = [f"{folder}/{name}" for folder in clips for name in _folders(root / folder)]
     if not clips:
         hint = ", but videos: run python data.py extract first" if _videos(root) else ""
         raise ValueError(f"{root}: holds no folders <class>/<clip>/ with frames{hint}")
-    names = _read_labels(labels) if labels else dict(enumerate(() if flat else folders))
-    if not names or flat and not (train_list or test_list):
-        raise ValueError(f"{root}: clips without class folders need lists and --labels")
-    classes = list(names.values())
-    by_id, by_folder = ({key: i for i, key in enumerate(keys)} for keys in (names, classes))
+    return clips
 
-    def class_of(clip, id=None, where=root):  # by the id where there is one, else by the folder
-        folder = None if flat else clip.split("/")[0]
-        if id is None and folder not in by_folder:
-            raise ValueError(f"{where}: {clip} has no label, and no class has its folder's name")
-        if id is not None and id not in names:
-            raise ValueError(f"{where}: label {id} has no name in {labels or root}")
-        if id is not None and folder in by_folder and names[id] != folder:
-            raise ValueError(f"{where}: label {id} is {names[id]}, but the clip lies in {folder}"
-                             + ("" if labels else "; labels of another order need --labels"))
-        return by_folder[folder] if id is None else by_id[id]
 
-    if train_list or test_list:
-        rule, lists = "by list", (train_list, test_list)
-        splits = [_read_split(file, clips, class_of, root) if file else [] for file in lists]
+def _ranked(clips, salt=""):
+    """{class: its clips in the order of the hashes of their names}."""
+    ranked = defaultdict(list)
+    for clip in sorted(clips, key=lambda clip: (hashlib.sha256(
+            (salt + clip[0].split("/")[-1]).encode()).hexdigest(), clip)):
+        ranked[clip[1]].append(clip[0])
+    return ranked
+
+
+def _split(classes):
+    """{clip: class} -> the sources and the clips of training and test, where no list says so."""
+    groups = {clip: re.fullmatch(r"v_.+_g(\d+)_c\d+(\.avi)?", clip.split("/")[-1])
+              for clip in classes}
+    if any(clip.count("/") == 2 for clip in classes):
+        source = "by the folder train"
+        test = {clip for clip in classes if "train" not in clip.split("/")[0].lower()}
+    elif all(groups.values()):
+        source, test = "split 1 of UCF101", {clip for clip, g in groups.items() if int(g[1]) <= 7}
     else:
-        rule, splits = _split([(clip, class_of(clip)) for clip in clips])
-    print(f"{root}: {len(classes)} classes, {len(splits[0])} training and {len(splits[1])} test "
-          f"clips ({rule})")
-    shared = len(set(splits[0]) & set(splits[1]))
-    if shared:
-        print(f"warning: {shared} test clips are training clips too", file=sys.stderr)
-    for split in splits:  # broken data is to show now, not after hours
-        for clip in {label: clip for clip, label in reversed(split)}.values():
-            read_frame(root / clip / frame_names(root / clip)[0])
-    return classes, *splits
-
-
-def _split(items):
-    """-> the rule, [train, test], where no list says so."""
-    names = {clip: clip.split("/")[1] for clip, _ in items}
-    groups = {clip: re.fullmatch(r"v_.+_g(\d+)_c\d+(\.avi)?", name) for clip, name in names.items()}
-    if all(groups.values()):
-        rule, test = "split 1 of UCF101", {clip for clip, g in groups.items() if int(g[1]) <= 7}
-    else:
-        rule, test, by_label = "a fifth of each class by the hash of clip names", set(), {}
-        for clip, label in items:
-            rank = hashlib.sha256(names[clip].encode()).hexdigest()
-            by_label.setdefault(label, []).append((rank, clip))
-        for ranked in by_label.values():
-            count = max(1, len(ranked) // 5) if len(ranked) > 1 else 0
-            test |= {clip for _, clip in sorted(ranked)[:count]}
-    return rule, [[i for i in items if i[0] not in test], [i for i in items if i[0] in test]]
+        source = "a fifth of each class by the hash of clip names"
+        test = {clip for clips in _ranked(classes.items()).values()
+                for clip in clips[:max(1, len(clips) // 5) if len(clips) > 1 else 0]}
+    return [source] * 2, [{clip: key for clip, key in classes.items() if (clip in test) == wanted}
+                          for wanted in (False, True)]
 
 
 def _folders(path):
@@ -143,62 +211,141 @@ def _videos(root):
 
 
 def _stem(name):
-    return name[: -len(Path(name).suffix)] if Path(name).suffix.lower() in VIDEOS else name
+    stem, _, suffix = name.rpartition(".")
+    return stem if f".{suffix.lower()}" in VIDEOS else name
+
+
+def _match(path, which, folders, root, allow_missing):
+    """Yield (where, folder, parent, label) of the entries of a list; parent: in the list's path."""
+    by_stem, missing, total = defaultdict(list), [], 0
+    for folder in folders:  # in lower case, as UCF101 writes HandstandPushups in two ways
+        *above, name = folder.split("/")
+        by_stem[_stem(name).lower()].append((above[::-1], name, folder))
+    classes = {parents[0] for found in by_stem.values() for parents, *_ in found if parents}
+
+    def find(listed):
+        *above, name = re.split(r"[/\\]+", listed.rstrip("/\\"))
+        there = by_stem.get(_stem(name).lower(), [])
+        if above and above[-1] in classes:  # a clip of this name in another class is another clip
+            there = [clip for clip in there if clip[0][0] == above[-1]]
+        if len(there) > 1:
+            fits = [(len(os.path.commonprefix([parents, above[::-1]])), own == name,
+                     _stem(own) == _stem(name)) for parents, own, _ in there]
+            there = [clip for clip, fit in zip(there, fits) if fit == max(fits)]
+        return {folder: above[-1] if above else None for *_, folder in there}
+
+    for where, readings in _read_list(Path(path), which):
+        found = {folder: (parent, label) for listed, label in readings
+                 for folder, parent in find(listed).items()}
+        if len(found) > 1:
+            raise ValueError(f"{where}: {readings[0][0]} fits all of {', '.join(found)}")
+        missing += [] if found else [readings[0][0]]
+        total += 1
+        for folder, rest in found.items():
+            yield where, folder, *rest
+    if missing:
+        problem = (f"{path}: {len(missing)} of {total} clips have no folder below {root}: "
+                   + ", ".join(missing[:10] + ["..."] * (len(missing) > 10)))
+        if not allow_missing or len(missing) == total:
+            raise ValueError(problem + "; --allow-missing leaves them out")
+        print(f"warning: {problem}", file=sys.stderr)
+
+
+# ---- lists and classes as users have them ----
+
+def _read_list(path, which):
+    """Yield (where, [(path of a clip, label), ...]) of a training (0) or test (1) list.
+
+    A label is a number, a name or None. As names hold blanks, a line can be read in several ways.
+    HMDB51's lists are a folder (of which split 1 counts) or a pattern like *_test_split2.txt.
+    """
+    pattern = "*_test_split1.txt" if path.is_dir() else path.name if "*" in path.name else ""
+    files = sorted((path if path.is_dir() else path.parent).glob(pattern)) if pattern else [path]
+    if not files:
+        raise ValueError(f"{path}: holds no lists {pattern}")
+    for file in files:
+        text, number = _read_text(file), 0
+        hmdb51 = re.fullmatch(r"(.+)_test_split\d\.txt", file.name)
+        rows = (_something_something(text) if re.match(r"\s*\[\s*\{", text) else
+                _kinetics(text) if "youtube_id" in text.partition("\n")[0] else
+                _hmdb51(text, hmdb51[1], which) if hmdb51 else _lines(text))
+        try:
+            for number, readings in rows:
+                if readings:
+                    yield f"{file}:{number}", readings
+        except (LookupError, TypeError, ValueError, OverflowError, csv.Error) as error:
+            raise ValueError(f"{file}:{number + 1}: is no entry ({error!r})") from None
+
+
+def _something_something(text):
+    for number, row in enumerate(json.loads(text), 1):
+        template = row.get("template")
+        yield number, [(str(row["id"]), template and re.sub(r"[\[\]]", "", template))]
+
+
+def _kinetics(text):
+    yield 1, None  # the header
+    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
+        start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
+        yield number, [(f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label"))]
+
+
+def _hmdb51(text, name, which):
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+        used = line and {"0": None, "1": 0, "2": 1}[line[-1]]
+        yield number, line and used == which and [(line[:-1].strip(), name)]
+
+
+def _lines(text):
+    """`<clip> [<number of frames>] [<label>]`: official, TSN, mmaction2, UCF101, ViFi-CLIP."""
+    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+        ways = [(n, line.rsplit(maxsplit=n)) for n in (2, 1, 0)]
+        yield number, line and [(way[0], int(way[-1]) if n else None) for n, way in ways
+                                if len(way) == n + 1 and all(map(str.isdecimal, way[1:]))]
+
+
+def read_classes(path):
+    """[(number, name, description)] of a file of classes; the description may be "".
+
+    CSV `id,name[,description]` with or without a header (the official code's labels and
+    descriptions), UCF101's `id name`, a name per line, numbered from 0 (mmaction2),
+    Something-Something's JSON {name: id}, or {id: "name: description"} (TC-CLIP, FROSTER).
+    """
+    text, ids, classes = _read_text(path), {}, {}
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    try:
+        if text.lstrip().startswith("{"):
+            rows = [(n, [key, value.partition(":")[0], value] if key.isdecimal()
+                     else [str(value), key])
+                    for n, (key, value) in enumerate(json.loads(text).items(), 1)]
+        else:
+            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
+    except (csv.Error, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+    rows = [(line, row) for line, row in rows if any(row)]
+    if all(len(row) == 1 and not row[0][0].isdecimal() for _, row in rows):
+        rows = [(line, [str(i), name]) for i, (line, (name,)) in enumerate(rows)]
+    for i, (line, row) in enumerate(rows):
+        cells = row if len(row) > 1 else row[0].split(maxsplit=1)
+        if i == 0 and len(cells) > 1 and not cells[0].isdecimal():
+            continue  # the header
+        if len(cells) < 2 or not cells[0].isdecimal() or not cells[1]:
+            raise ValueError(f"{path}:{line}: expected id,name and not {','.join(row)!r}")
+        entry = int(cells[0]), cells[1], "".join(cells[2:3])
+        if ids.setdefault(entry[0], entry) != entry:
+            raise ValueError(f"{path}:{line}: id {entry[0]} has another name already")
+        if classes.setdefault(class_key(entry[1]), entry) != entry:
+            raise ValueError(f"{path}:{line}: {entry[1]} has another id or text already")
+    if not classes:
+        raise ValueError(f"{path}: holds no lines id,name")
+    return sorted(classes.values())
 
 
 def _read_text(path):
     try:
-        return Path(path).read_text(encoding="utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error.reason})") from None
-
-
-def _read_labels(path):
-    """{id: class name} of a CSV `id,name`, whose header is optional, or of UCF101's `id name`."""
-    names, number = {}, 0
-    try:
-        for number, row in enumerate(csv.reader(io.StringIO(_read_text(path)), strict=True), 1):
-            row = [cell.strip() for cell in (row if len(row) != 1 else row[0].split(maxsplit=1))]
-            if not row or number == 1 and len(row) > 1 and not row[0].isdecimal():
-                continue
-            if len(row) < 2 or not row[0].isdecimal() or not row[1]:
-                raise ValueError(f"{path}:{number}: expected id,name and not {','.join(row)!r}")
-            if names.setdefault(int(row[0]), row[1]) != row[1]:
-                raise ValueError(f"{path}:{number}: id {row[0]} has another name already")
-    except csv.Error as error:
-        raise ValueError(f"{path}:{number + 1}: {error}") from None
-    if not names:
-        raise ValueError(f"{path}: holds no lines id,name")
-    return dict(sorted(names.items()))
-
-
-def _read_split(path, clips, class_of, root):
-    """[(clip, class)] of a list. As names may hold blanks, a line can mean several things."""
-    by_name, by_stem, split = {}, {}, {}
-    for clip in clips:
-        name = clip.split("/")[-1]
-        by_name.setdefault(name, []).append(clip)
-        by_stem.setdefault(_stem(name), []).append(clip)
-    for number, line in enumerate(_read_text(path).splitlines(), 1):
-        where, line, found = f"{path}:{number}", line.strip(), {}
-        if not line:
-            continue
-        for n in (2, 1, 0):  # <number of frames> <label>, or <label>, or neither
-            clip, *words = line.rsplit(maxsplit=n)
-            if len(words) == n and all(word.isdecimal() for word in words):
-                *_, parent, name = "", *re.split(r"[/\\]+", clip.rstrip("/\\"))
-                there = by_name.get(name) or by_stem.get(_stem(name), [])
-                if len(there) > 1:  # clips of one name in several classes
-                    there = [c for c in there if c.split("/")[0] == parent] or there
-                found.update({c: words[-1] if words else None for c in there})
-        if len(found) != 1:
-            problem = f"fits all of {', '.join(found)}" if found else f"fits no folder below {root}"
-            raise ValueError(f"{where}: {line!r} {problem}; expected <clip> [<frames>] <label>")
-        (clip, word), = found.items()
-        label = class_of(clip, None if word is None else int(word), where)
-        if split.setdefault(clip, label) != label:
-            raise ValueError(f"{where}: {clip} had another label before")
-    return list(split.items())
 
 
 # ---- from a clip's folder to pixels ----
@@ -276,16 +423,16 @@ def crop_frame(image, size, crop=None):
 
 
 class Clips(Dataset):
-    """Clips of (folder, label) pairs below a root as (uint8 (T, 3, S, S), label, index).
+    """The clips of a Split as (uint8 (T, 3, S, S), label, index).
 
     A key is (epoch, index): all that is random is a function of (seed, epoch, index). `train`
     samples frames at random, `augment` also crops and, with `flip`, mirrors. What goes wrong in a
     worker process is returned rather than raised, so that it arrives as one line.
     """
 
-    def __init__(self, root, items, num_frames, image_size, train=False, augment=False, flip=False,
+    def __init__(self, split, num_frames, image_size, train=False, augment=False, flip=False,
                  seed=0):
-        self.root, self.items = root, items
+        self.root, self.items = split.root, split.clips
         self.num_frames, self.image_size = num_frames, image_size
         self.train, self.augment, self.flip, self.seed = train, augment, flip, seed
 

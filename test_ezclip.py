@@ -12,6 +12,7 @@ import os
 import pickle
 import random
 import re
+import statistics
 import subprocess
 import sys
 import zipfile
@@ -642,11 +643,11 @@ def test_clips_are_a_function_of_seed_epoch_and_index(tmp_path):
     for i, path in enumerate(sorted(root.glob("*/*/*"))):  # frames that differ from side to side
         noise = np.random.default_rng(i).integers(256, size=(40, 48, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
-    classes, train_clips, _ = data.index_frames(root)
+    split, _ = data.index_frames(root)
 
     def clip(seed=0, epoch=0, index=0, **options):
         options = {"train": True, "augment": True, "flip": True, **options}
-        return data.Clips(root, train_clips, 4, 32, seed=seed, **options)[epoch, index][0]
+        return data.Clips(split, 4, 32, seed=seed, **options)[epoch, index][0]
 
     first = clip()
     assert first.shape == (4, 3, 32, 32) and first.dtype == torch.uint8
@@ -678,77 +679,217 @@ def test_folders_and_frames_as_users_have_them(tmp_path):
     (root / "readme.txt").write_text("hello")
     real = save_frames(tmp_path / "elsewhere", 2)
     (root / "Übung" / "linked").symlink_to(real)
-    classes, train_clips, test_clips = data.index_frames(root)
-    assert classes == ["Brush hair #(1)", "Übung"] and len(train_clips) + len(test_clips) == 4
+    splits = data.index_frames(root)
+    assert all(split.classes == ["Brush hair #(1)", "Übung"] for split in splits)
+    assert sum(len(split.clips) for split in splits) == 4
     assert data.frame_names(gaps) == ["frame9.jpeg", "frame10.jpeg", "frame11.jpeg"]
     for mode, size in (("L", (31, 17)), ("CMYK", (20, 90)), ("RGB", (1, 1))):
         path = real / "img_00003.jpg"
         Image.new(mode, size).save(path)
         assert data.crop_frame(data.read_frame(path), 32).shape == (32, 32, 3)
-    for clips in (train_clips, test_clips):
-        loaded = data.Clips(root, clips, 8, 32)
-        assert all(loaded[0, i][0].shape == (8, 3, 32, 32) for i in range(len(clips)))
+    for split in splits:
+        loaded = data.Clips(split, 8, 32)
+        assert all(loaded[0, i][0].shape == (8, 3, 32, 32) for i in range(len(loaded)))
 
 
 def test_splits_without_lists(tmp_path):
     root = frames_folder(tmp_path / "frames", clips=11)
     save_frames(root / "Zumba" / "only")
-    classes, train_clips, test_clips = data.index_frames(root)
-    assert classes == ["Archery", "BabyCrawling", "Zumba"]
-    per_class = np.bincount([label for _, label in test_clips], minlength=3)
-    assert per_class.tolist() == [2, 2, 0] and len(train_clips) == 19
+    train_split, test_split = data.index_frames(root)
+    assert train_split.classes == test_split.classes == ["Archery", "BabyCrawling", "Zumba"]
+    per_class = np.bincount([label for _, label in test_split.clips], minlength=3)
+    assert per_class.tolist() == [2, 2, 0] and len(train_split.clips) == 19
     hashes = {hashlib.sha256(f"clip{k}".encode()).hexdigest(): k for k in range(11)}
     smallest = {f"Archery/clip{hashes[h]}" for h in sorted(hashes)[:2]}
-    assert {clip for clip, label in test_clips if label == 0} == smallest
+    assert {clip for clip, label in test_split.clips if label == 0} == smallest
     ucf = tmp_path / "ucf"
     for group in (1, 7, 8, 25):
         save_frames(ucf / "HandstandPushups" / f"v_HandStandPushups_g{group:02d}_c01")
         save_frames(ucf / "Archery" / f"v_Archery_g{group:02d}_c03.avi")
-    _, train_clips, test_clips = data.index_frames(ucf)
-    for clips, groups in ((train_clips, ("_g08", "_g25")), (test_clips, ("_g01", "_g07"))):
-        assert len(clips) == 4 and all(any(g in clip for g in groups) for clip, _ in clips)
+    for split, groups in zip(data.index_frames(ucf), (("_g08", "_g25"), ("_g01", "_g07"))):
+        assert len(split.clips) == 4
+        assert all(any(g in clip for g in groups) for clip, _ in split.clips)
+    for part in ("rawframes_train", "rawframes_val"):
+        frames_folder(tmp_path / "parts" / part, clips=2)
+    parts = data.index_frames(tmp_path / "parts")
+    for split, part in zip(parts, ("rawframes_train", "rawframes_val")):
+        assert split.classes == ["Archery", "BabyCrawling"]
+        assert [clip for clip, label in split.clips if label == 1] == [
+            f"{part}/BabyCrawling/clip0", f"{part}/BabyCrawling/clip1"]
+    (tmp_path / "val.txt").write_text("Archery/clip1 5 0\nrawframes_val/Archery/clip0 5 0\n")
+    with pytest.raises(ValueError, match="val.txt:1: Archery/clip1 fits all of rawframes_train/A"):
+        data.index_frames(tmp_path / "parts", test_list=tmp_path / "val.txt")
 
 
-def test_lists_of_other_machines(tmp_path):
-    root = frames_folder(tmp_path / "frames", clips=3)
-    flat = tmp_path / "flat"
-    for k in range(3):
-        save_frames(flat / f"v {k}.avi")
-    names = "\ufeffid,name\r\n7,Baby Crawling\r\n3,\"Archery, aiming\"\r\n"
-    (tmp_path / "labels.csv").write_text(names, encoding="utf-8", newline="")
-    lists = {
-        "official": "/home/me/data/frames/Archery/clip1 5 0\n/home/me/BabyCrawling/clip0 5 1\n",
-        "spaces": "Archery/clip1\t 5   0\r\n\r\nBabyCrawling\\clip0.mp4 1\r\n",
-        "unlabelled": "Archery/clip1.avi\nBabyCrawling/clip0.avi\n"}
-    for name, text in lists.items():
-        (tmp_path / name).write_text(text, newline="")
-        classes, train_clips, test_clips = data.index_frames(root, tmp_path / name, tmp_path / name)
-        assert classes == ["Archery", "BabyCrawling"]
-        assert train_clips == test_clips == [("Archery/clip1", 0), ("BabyCrawling/clip0", 1)]
-    save_frames(flat / "v 2")  # an exact name wins
+FILES = {  # lists and classes as the data sets and the other codes have them
+    "official.txt": "/home/me/ucf/v_Archery_g01_c01 164 0\n/home/me/ucf/v_PullUps_g08_c01 90 1\n",
+    "official.csv": "id,name\n0,Archery\n1,PullUps\n2,HandstandPushups\n",
+    "mmaction.txt": "Archery/v_Archery_g01_c01\t164   0\r\n\r\nPullUps\\v_PullUps_g08_c01 90 1",
+    "mmaction_map.txt": "Archery\nPullUps\nHandstandPushups\n",
+    "other_order.txt": "Archery/v_Archery_g01_c01 0\nHandstandPushups/v_HandStandPushups_g01_c01 1\n"
+                       "PullUps/v_PullUps_g08_c01 2\n",
+    "vifi.txt": "v_Archery_g01_c01.avi 0\nv_PullUps_g08_c01.mp4 1\n",
+    "trainlist01.txt": "Archery/v_Archery_g01_c01.avi 1\nPullUps/v_PullUps_g08_c01.avi 3\n"
+                       "HandstandPushups/v_HandStandPushups_g01_c01.avi 2\n",
+    "testlist01.txt": "Archery/v_Archery_g01_c01.avi\r\nPullUps/v_PullUps_g08_c01.avi\r\n"
+                      "HandstandPushups/v_HandStandPushups_g01_c01.avi\r\n",
+    "classInd.txt": "1 Archery\n2 HandstandPushups\n3 PullUps\n",
+    "h/brush_hair_test_split1.txt": "#1 Brush_(a).avi 1 \nb.avi 2 \nc.avi 0 \n",
+    "h/brush_hair_test_split2.txt": "#1 Brush_(a).avi 2 \nb.avi 1 \n",
+    "h/wave_test_split1.txt": "d.avi 2\n", "h/wave_test_split2.txt": "d.avi 2\n",
+    "kinetics.csv": "label,youtube_id,time_start,time_end,split\nair drumming,-3CAKE,4,14,validate\n"
+                    '"petting animal (not cat)",a_B,100,110,validate\n',
+    "ssv2.json": json.dumps([
+        {"id": "78687", "label": "holding potato next to vicks", "placeholders": ["potato", "vicks"],
+         "template": "Holding [something] next to [something]"},
+        {"id": "42", "label": "moving a pen up", "template": "Moving [something] up"}]),
+    "labels.json": json.dumps({"Holding something next to something": "0",
+                               "Moving something up": "1", "Opening something": "2"})}
+UCF = ["Archery/v_Archery_g01_c01", "HandstandPushups/v_HandstandPushups_g01_c01",
+       "PullUps/v_PullUps_g08_c01.avi"]  # as extracted by different people
+UCF_NAMES = ["Archery", "HandstandPushups", "PullUps"]
+HMDB = ["brush_hair/#1 Brush_(a)", "brush_hair/b", "brush_hair/c", "wave/d"]
+KINETICS = ["air_drumming/-3CAKE_000004_000014", "petting animal (not cat)/a_B_000100_000110"]
+
+
+@pytest.mark.parametrize("layout", ["classes", "flat"])
+@pytest.mark.parametrize("clips, test_list, labels, classes, expected", [
+    (UCF, "official.txt", "official.csv", ["Archery", "PullUps", "HandstandPushups"], {0: 0, 2: 1}),
+    (UCF, "mmaction.txt", "mmaction_map.txt", ["Archery", "PullUps", "HandstandPushups"],
+     {0: 0, 2: 1}),
+    (UCF, "mmaction.txt", None, ["Archery", "PullUps"], {0: 0, 2: 1}),
+    (UCF, "other_order.txt", None, UCF_NAMES, {0: 0, 1: 1, 2: 2}),
+    (UCF, "vifi.txt", "official.csv", ["Archery", "PullUps", "HandstandPushups"], {0: 0, 2: 1}),
+    (UCF, "trainlist01.txt", "classInd.txt", UCF_NAMES, {0: 0, 1: 1, 2: 2}),
+    (UCF, "trainlist01.txt", None, UCF_NAMES, {0: 0, 1: 1, 2: 2}),
+    (UCF, "testlist01.txt", "classInd.txt", UCF_NAMES, {0: 0, 1: 1, 2: 2}),
+    (UCF, "testlist01.txt", None, UCF_NAMES, {0: 0, 1: 1, 2: 2}),
+    (HMDB, "h", None, ["brush_hair", "wave"], {1: 0, 3: 1}),
+    (HMDB, "h/*_test_split2.txt", None, ["brush_hair", "wave"], {0: 0, 3: 1}),
+    (KINETICS, "kinetics.csv", None, ["air drumming", "petting animal (not cat)"], {0: 0, 1: 1}),
+    (["x/78687", "x/42.webm"], "ssv2.json", "labels.json",
+     ["Holding something next to something", "Moving something up", "Opening something"],
+     {0: 0, 1: 1}),
+    (["x/78687", "x/42"], "ssv2.json", None,
+     ["Holding something next to something", "Moving something up"], {0: 0, 1: 1})])
+def test_lists_of_every_data_set(tmp_path, layout, clips, test_list, labels, classes, expected):
+    for name, text in FILES.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8", newline="")
+    if layout == "flat" or clips[0].startswith("x/"):
+        clips = [clip.split("/")[1] for clip in clips]
+    for clip in clips:
+        save_frames(tmp_path / "frames" / clip, 1)
+    paths = [name and tmp_path / name for name in (None, test_list, labels)]
+    train_split, test_split = data.index_frames(tmp_path / "frames", *paths)
+    assert test_split.classes == classes and train_split.clips == []
+    assert dict(test_split.clips) == {clips[i]: k for i, k in expected.items()}
+    if test_list == "h":
+        train_split, _ = data.index_frames(tmp_path / "frames", tmp_path / "h")
+        assert dict(train_split.clips) == {clips[0]: 0} and train_split.classes == ["brush_hair"]
+
+
+def test_lists_of_clips_with_odd_names(tmp_path):
+    for name in ("v 0.avi", "v 1.avi", "v 2.avi", "v 2"):
+        save_frames(tmp_path / "flat" / name)
+    (tmp_path / "labels.csv").write_text("7,Baby Crawling\n3,\"Archery, aiming\"\n")
     (tmp_path / "flat.txt").write_text("D:\\x\\v 1.avi 31 7\nv 2 3\n/a/b/v 0.mp4 3\n")
-    classes, train_clips, test_clips = data.index_frames(flat, tmp_path / "flat.txt", None,
-                                                         tmp_path / "labels.csv")
-    assert classes == ["Archery, aiming", "Baby Crawling"] and test_clips == []
-    assert train_clips == [("v 1.avi", 1), ("v 2", 0), ("v 0.avi", 0)]
+    split, _ = data.index_frames(tmp_path / "flat", tmp_path / "flat.txt", None,
+                                 tmp_path / "labels.csv")
+    assert split.classes == ["Archery, aiming", "Baby Crawling"]
+    assert split.clips == [("v 1.avi", 1), ("v 2", 0), ("v 0.avi", 0)]  # an exact name wins
 
 
 @pytest.mark.parametrize("line, word", [
-    ("Archery/clip9 5 0", "fits no folder"), ("Archery/clip1 5 x", "fits no folder.*<label>"),
-    ("clip1 5 0", "fits all of Archery/clip1, Baby"), ("Archery/clip1 5 -1", "fits no folder"),
-    ("Archery/clip1 5 2", "label 2 has no name"), ("Archery/clip1 5 1", "need --labels"),
-    ("Archery/clip2 0\nBoth", "fits no folder"), ("Archery/clip0", None)])
+    ("Archery/clip9 5 0", "{path}: 1 of 2 clips have no folder below .*frames: Archery/clip9; --a"),
+    ("Archery/clip1 5 x", "no folder.*: Archery/clip1 5 x"),
+    ("Archery/clip1 5 -1", "no folder.*: Archery/clip1 5 -1"),
+    ("clip1 5 0", "{path}:2: clip1 fits all of Archery/clip1, Baby"),
+    ("Archery/clip1 5 2", "{path}:2: label 2 is not Archery in all lines"),
+    ("\nBabyCrawling/clip1 5 0", "{path}:3: label 0 is not BabyCrawling in all lines"),
+    ("Archery/clip0", None)])
 def test_bad_list_lines_are_named(tmp_path, line, word):
-    root = frames_folder(tmp_path / "frames", clips=3)
-    path = tmp_path / "list.txt"
+    root, path = frames_folder(tmp_path / "frames", clips=3), tmp_path / "list.txt"
     path.write_text(f"Archery/clip0 5 0\n{line}\n")
-    number = 2 + line.count("\n")
     if word is None:  # named twice, and alike
-        assert data.index_frames(root, path)[1] == [("Archery/clip0", 0)]
+        assert data.index_frames(root, path)[0].clips == [("Archery/clip0", 0)]
         return
+    with pytest.raises(ValueError, match=word.format(path=path)):
+        data.index_frames(root, path)
+
+
+@pytest.mark.parametrize("name, text, word", [
+    ("a.json", '[{"id": 1', ":1: is no entry"), ("a.json", '[{"name": 1}]', ":1: is no entry.*id"),
+    ("a.csv", "label,youtube_id,time_start\nx,y,1\n", ":2: is no entry.*time_end"),
+    ("a.csv", "label,youtube_id,time_start,time_end\nx,y,1,2\nx,y,z,2\n", ":3: is no entry"),
+    ("a_test_split1.txt", "clip0.avi 0\nclip1.avi 3\n", ":2: is no entry"),
+    ("*_split1.txt", None, "holds no lists"), ("", None, "holds no lists"),
+    ("a.txt", "\xff", "is not UTF-8")])
+def test_broken_lists_are_named(tmp_path, name, text, word):
+    root, path = frames_folder(tmp_path / "frames", clips=1), tmp_path / name
+    if text:
+        path.write_bytes(text.encode("latin-1"))
+    save_frames(root / "x/y_000001_000002")
+    save_frames(root / "x/clip0")
     with pytest.raises(ValueError, match=word) as error:
         data.index_frames(root, path)
-    assert f"{path}:{number}:" in str(error.value)
+    assert str(error.value).startswith(str(path))
+
+
+def test_missing_clips_are_counted_and_named(tmp_path, capsys):
+    root, path = frames_folder(tmp_path / "frames", clips=1), tmp_path / "list.txt"
+    gone = [f"Archery/gone{i}" for i in range(12)]
+    path.write_text("\n".join(f"{clip} 5 0" for clip in (*gone, "Archery/clip0")))
+    named = f"{path}: 12 of 13 clips have no folder below {root}: {', '.join(gone[:10])}, ..."
+    with pytest.raises(ValueError) as error:
+        data.index_frames(root, path)
+    assert str(error.value).startswith(named)
+    split, _ = data.index_frames(root, path, allow_missing=True)
+    assert split.clips == [("Archery/clip0", 0)] and named in capsys.readouterr().err
+    path.write_text("\n".join(gone))
+    with pytest.raises(ValueError, match="12 of 12"):
+        data.index_frames(root, path, allow_missing=True)
+
+
+@pytest.mark.parametrize("text, word", [
+    ("0,Archery\n0,Clap\n", ":2: id 0 has another name already"),
+    ("0,BrushHair\n1,brush hair\n", ":2: brush hair has another id"),
+    ("0,Archery\nClap,1\n", ":2: expected id,name and not 'Clap,1'"),
+    ("0,Archery\n1,\n", ":2: expected id,name"), ('0,"Archery\n', ":1: unexpected end"),
+    ("", "holds no lines"), ('{"Archery": ', "Expecting value"), ('{"0": 3}', "no attribute")])
+def test_bad_files_of_classes_are_named(tmp_path, text, word):
+    (tmp_path / "labels").write_text(text)
+    with pytest.raises(ValueError, match=word) as error:
+        data.read_classes(tmp_path / "labels")
+    assert str(error.value).startswith(str(tmp_path / "labels"))
+
+
+def test_classes_with_descriptions(tmp_path):
+    said = "A person draws a bow \u2013 with \u201ccare\u201d,\nand shoots."
+    path = tmp_path / "gpt.csv"
+    path.write_text('SNo,Class Name,GPT3 discription\r\n0,Archery,"\n\n' + said
+                    + '"\r\n1,BabyCrawling,"\n\nA baby moves."\r\n', "utf-8", newline="")
+    assert data.read_classes(path) == [(0, "Archery", said), (1, "BabyCrawling", "A baby moves.")]
+    path.write_text(json.dumps({"0": "Brush hair: A person is.", "1": "Cartwheel: A: b"}))
+    assert data.read_classes(path) == [(0, "Brush hair", "Brush hair: A person is."),
+                                       (1, "Cartwheel", "Cartwheel: A: b")]
+
+
+def test_shots_are_balanced_seeded_and_nested(tmp_path):
+    root = frames_folder(tmp_path / "frames", clips=25, count=1)
+    split, _ = data.index_frames(root)
+    chosen = {(shots, seed): set(split.shots(shots, seed).clips)
+              for shots in (2, 4, 16) for seed in (0, 1)}
+    for (shots, seed), clips in chosen.items():
+        assert [sum(label == k for _, label in clips) for k in (0, 1)] == [shots, shots]
+        assert clips <= set(split.clips)
+        assert clips == set(split._replace(clips=split.clips[::-1]).shots(shots, seed).clips)
+    for seed in (0, 1):
+        assert chosen[2, seed] < chosen[4, seed] < chosen[16, seed]
+    assert chosen[4, 0] != chosen[4, 1]
+    assert split.shots(20, 0).clips == split.clips
+    with pytest.raises(ValueError, match="Archery has 20 training clips.* 21 shots"):
+        split.shots(21, 0)
 
 
 # ---- videos to frames, and the demo world ----
@@ -782,7 +923,7 @@ def test_extraction(tmp_path, capsys):
     half = frames / "Wave hand/.tall.part"
     (frames / "Wave hand/tall").rename(half)
     (half / "img_00009.jpg").write_bytes(b"left by a run that was killed")
-    assert data.index_frames(frames)[0] == ["Clap", "Wave hand"]
+    assert data.index_frames(frames)[0].classes == ["Clap", "Wave hand"]
     assert data.extract(videos, frames) == 3 and kept.stat().st_mtime_ns == before
     assert len(data.frame_names(frames / "Wave hand/tall")) == 7 and not half.exists()
 
@@ -830,7 +971,7 @@ def command(argv):
     errors = io.StringIO()
     with contextlib.redirect_stderr(errors):
         try:
-            data.command(lambda: (train.demo if "--demo" in argv else train.run)([*map(str, argv)]))
+            data.command(lambda: train.main([*map(str, argv)]))
         except SystemExit as stop:
             return stop.code, errors.getvalue()
     return 0, errors.getvalue()
@@ -840,7 +981,7 @@ def test_a_run_and_what_it_leaves(world, tmp_path):
     out = tmp_path / "run"
     content = train.run([*world.common, "--out", str(out), "--eval-every", "2"])
     assert json.loads((out / "results.json").read_text()) == content
-    assert content["command"].startswith("python train.py --data ") and content["seed"] == 0
+    assert content["command"].startswith("python train.py --data ") and content["seeds"] == [0]
     assert content["versions"]["torch"] == torch.__version__ and content["device"] == "cpu"
     result = content["results"]["frames"]
     assert result["n"] == 3 and result["classes"] == 3 and result["top5"] == 100.0
@@ -1003,10 +1144,10 @@ def test_accuracy_counts_every_clip(world):
     """Against a loop over clips and templates; the batches do not divide the number of clips."""
     templates = ["{}", "a video of {}, an action"]
     args = train.parser().parse_args([*world.common, "--templates", *templates])
-    classes, clips, _ = data.index_frames(world.frames)
+    split, _ = data.index_frames(world.frames)
     model = EZCLIP.from_pretrained(world.clip, num_frames=4)
-    hits = 0
-    for folder, label in clips:
+    confusion = np.zeros((3, 3), int)
+    for folder, label in split.clips:
         names = sorted(os.listdir(Path(world.frames, folder)))
         picked = [names[i] for i in data.sample_frames(len(names), 4)]
         images = [data.read_frame(Path(world.frames, folder, name)) for name in picked]
@@ -1014,13 +1155,21 @@ def test_accuracy_counts_every_clip(world):
         features = model.encode_video(video.permute(0, 3, 1, 2)[None]).detach()
         probabilities = 0
         for template in templates:
-            texts = [template.replace("{}", data.class_text(name)) for name in classes]
+            texts = [template.replace("{}", data.class_text(name)) for name in split.classes]
             texts = model.encode_text(clip_tokenizer.tokenize(texts)).detach()
             cosine = torch.cosine_similarity(features, texts)
             probabilities += (100 * cosine).softmax(-1) / 2
-        hits += int(probabilities.argmax() == label)
-    result = train.evaluate(model, classes, clips, args)
-    assert result == {"top1": round(100 * hits / 15, 2), "top5": 100.0, "n": 15, "classes": 3}
+        confusion[label, probabilities.argmax()] += 1
+    args.seed = 0
+    result = train.evaluate(model, split, args)
+    assert (result.pop("confusion") == confusion).all() and result.pop("split") == split.source
+    pairs = sorted((-confusion[i, k], split.classes[i], split.classes[k])
+                   for i in range(3) for k in range(3) if i != k and confusion[i, k])
+    assert pairs and result == {
+        "top1": round(100 * confusion.trace() / 15, 2), "top5": 100.0, "n": 15, "classes": 3,
+        "per_class": {name: {"top1": 20.0 * confusion[i, i], "n": 5}
+                      for i, name in enumerate(split.classes)},
+        "confused": [{"class": a, "taken_for": b, "clips": -n} for n, a, b in pairs]}
 
 
 def test_flags_reach_the_model(world, tmp_path):
@@ -1041,16 +1190,127 @@ def test_batches_are_a_function_of_the_step():
     assert [len(batch) for batch in train.batches(3, 4, 0, 2, seed=1)] == [3, 3]
 
 
-def test_base_to_novel_trains_on_the_frequent_half(tmp_path, world):
+def test_base_to_novel_trains_on_the_frequent_half(tmp_path, capsys):
     root = tmp_path / "frames"
     for name, count in (("A", 1), ("B", 9), ("C", 3), ("D", 2), ("E", 9)):
         for k in range(count):
             save_frames(root / name / f"{k}", 2)
-    args = train.parser().parse_args(["--data", str(root), "--base-to-novel"])
-    (classes, clips), tests = train.find_clips(args)
-    assert classes == ["B", "C", "E"] and {label for _, label in clips} == {0, 1, 2}
-    assert {name: test[0] for name, test in tests.items()} == {"base": classes, "novel": ["A", "D"]}
-    assert [clip.split("/")[0] for clip, label in tests["novel"][1] if label == 1] == ["D"]
+
+    def find(*flags):
+        args = train.parser().parse_args(["--data", str(root), "--base-to-novel", *flags])
+        return train.find_clips(SimpleNamespace(**vars(args), seed=0), None)
+
+    split, tests = find("--shots", "2")
+    assert split.classes == tests["base"].classes == ["B", "C", "E"]
+    assert tests["novel"].classes == ["A", "D"]
+    assert [label for _, label in split.clips] == [0, 0, 1, 1, 2, 2]
+    assert [clip.split("/")[0] for clip, label in tests["novel"].clips if label == 1] == ["D"]
+    assert len(find("--shots", "0")[0].clips) == 8 + 2 + 8
+    with pytest.raises(ValueError, match="B has 8 training clips.* 16 shots"):
+        find()
+    (tmp_path / "base").write_text("e\nD\n")
+    (tmp_path / "novel").write_text("0,c\n1,B\n")
+    files = [str(tmp_path / "base"), str(tmp_path / "novel")]
+    split, tests = find(*files, "--shots", "1")
+    assert split.classes == ["D", "E"] and tests["novel"].classes == ["B", "C"]
+    for names, word in (("D\nZ\n", "Z is not in"), ("d\nC\n", "C is in both")):
+        (tmp_path / "base").write_text(names)
+        with pytest.raises(ValueError, match=f"base: {word}"):
+            find(*files)
+    with pytest.raises(ValueError, match="two files"):
+        find(files[0])
+
+
+def test_zero_shot_on_other_data_sets(world, tmp_path, monkeypatch):
+    """With `{}` splits 1 to 3 and their mean; on a trained run and without training or --data."""
+    monkeypatch.chdir(tmp_path)
+    frames_folder(tmp_path / "other", ("clap", "Zumba"), clips=4)
+    for i in (1, 2, 3):
+        Path(f"list{i}.txt").write_text(f"clap/clip{i} 1\nZumba/clip0 0\n" + "Zumba/clip3 0\n" * i)
+    sets = ["--eval-data", "all=other", "--eval-data", "three=other,list{}.txt"]
+    content = train.run([*world.common, *sets, "--out", "run"])
+    results = content["results"]
+    splits = [results[f"three split {i}"] for i in (1, 2, 3)]
+    assert list(results) == ["frames", "all", *(f"three split {i}" for i in (1, 2, 3)), "three"]
+    assert results["all"]["n"] == 8 and results["all"]["split"] == "all clips"
+    assert [r["split"] for r in splits] == [f"list{i}.txt" for i in (1, 2, 3)]
+    top1 = [r["top1"] for r in splits]
+    assert results["three"]["top1"] == round(np.mean(top1), 2) and results["three"]["n"] == [3] * 3
+    assert results["three"]["top1_std"] == round(statistics.stdev(top1), 2)
+    alone = train.run(["--checkpoint", "run/last.pt", "--eval-only", *sets, "--workers", "0"])
+    assert {**alone["results"], "frames": results["frames"]} == results
+    assert Path("runs/zero-shot/confusion.png").stat().st_size > 10000
+
+
+def test_seeds_have_a_run_each(world, tmp_path, capsys):
+    out = tmp_path / "runs"
+    flags = [*world.common, "--epochs", "1", "--base-to-novel", "--shots", "2", "--out", str(out)]
+    content = train.main([*flags, "--seeds", "4", "7"])
+    assert json.loads((out / "results.json").read_text()) == content and content["seeds"] == [4, 7]
+    for seed in (4, 7):
+        assert json.loads((out / f"seed{seed}/results.json").read_text()) == content["runs"][
+            f"seed {seed}"]
+        assert content["runs"][f"seed {seed}"]["training"]["clips"] == 4
+    for name in ("base", "novel", "harmonic_mean"):
+        top1 = [run["results"][name]["top1"] for run in content["runs"].values()]
+        mean = content["results"][name]
+        assert mean["top1"] == round(sum(top1) / 2, 2) and mean["n"] == [mean["n"][0]] * 2
+        assert mean["top1_std"] == round(statistics.stdev(top1), 2)
+    base, novel = (content["runs"]["seed 4"]["results"][name]["top1"] for name in ("base", "novel"))
+    assert content["runs"]["seed 4"]["results"]["harmonic_mean"]["top1"] == round(
+        2 * base * novel / (base + novel or 1), 2)
+    assert "| mean | " in capsys.readouterr().out
+    evaluate = ["--data", world.frames, "--eval-only", "--seed", "4", "7", "--workers", "0",
+                "--checkpoint", str(out / "seed{}/last.pt"), "--out", str(tmp_path / "eval")]
+    commands = [run["command"] for run in train.main(evaluate)["runs"].values()]
+    assert ["seed4/last.pt" in commands[0], "seed7/last.pt" in commands[1]] == [True, True]
+
+
+def test_ablation(world, tmp_path, capsys):
+    out = tmp_path / "ablation"
+    content = train.main([*world.common, "--epochs", "1", "--ablate", "--seed", "0", "1",
+                          "--out", str(out)])
+    names = [name for name, *_ in train.ROWS]
+    assert list(content["results"]) == names
+    said = capsys.readouterr().out
+    for name, folder, _ in train.ROWS:
+        runs = [json.loads((out / f"seed{i}" / folder / "results.json").read_text())
+                for i in (0, 1)]
+        result = content["results"][name]["frames"]
+        assert result["top1"] == round(np.mean([r["results"]["frames"]["top1"] for r in runs]), 2)
+        assert "--ablate" not in runs[0]["command"] and runs[0]["command"].count("--out") == 1
+        assert f"\n| {name} | {result['top1']:.1f} ± {result['top1_std']:.1f} |" in said
+    trained = {folder: set(torch.load(out / "seed0" / folder / "last.pt")["state_dict"])
+               for folder in ("adapters", "prompts", "motion")}
+    prompts = trained["prompts"] - trained["adapters"]
+    assert len(prompts) == 1 and "prompts" in str(prompts) and trained["motion"] == trained["prompts"]
+
+
+def test_descriptions_stand_for_class_names(world, tmp_path):
+    texts = {"0": "archery: Someone draws a bow.", "1": "Baby Crawling: A baby moves.",
+             "2": "clap: Hands meet.", "3": "Zumba: People dance."}
+    paths = [tmp_path / "part.json", tmp_path / "all.json"]
+    for path, keys in zip(paths, ("013", "0123")):
+        path.write_text(json.dumps({key: texts[key].replace("draws", path.stem) for key in keys}))
+    flags = ["--descriptions", *map(str, paths)]
+    args, saved, path = train.parse([*world.common, *flags, "--out", str(tmp_path / "run")])
+    model = train.build_model(args, saved, path)
+
+    def said(classes, *more):
+        args = train.parser().parse_args([*flags, *more])
+        return [[clip_tokenizer.decode(t[1:t.argmax()]).strip() for t in row]
+                for row in train.tokens_of(classes, args, model)]
+
+    assert said(["Zumba", "Archery"]) == [["zumba : people dance .",
+                                           "archery : someone part a bow ."]]
+    assert said(["Clap", "Archery"])[0][1] == "archery : someone all a bow ."
+    assert said(["Clap"], "--templates", "{}", "now {}")[1] == ["now clap : hands meet ."]
+    assert train.run([*world.common, *flags, "--out", str(tmp_path / "run")])["results"]
+    paths[1].write_text(json.dumps({**texts, "2": "clap: " + "very " * 80}))
+    for classes, word in ((["Clap"], "Clap: a text has 84 tokens"),
+                          (["Waving", "Clap"], "all.json: has no description of Waving")):
+        with pytest.raises(ValueError, match=word):
+            said(classes)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(world, tmp_path):
@@ -1090,7 +1350,7 @@ def mistakes(tmp_path):
     ("--data torn --num-frames 5 --workers 1", "img_00003.jpg: unreadable frame"),
     ("--data videos", "python data.py extract"),
     ("--data frames/Archery", "need lists and --labels"),
-    ("--train-list gone.txt", "gone.txt:2: 'Archery/clip77 0' fits no folder"),
+    ("--train-list gone.txt", "gone.txt: 1 of 2 clips have no folder below frames: Archery/clip77;"),
     ("--train-list none.txt", "none.txt"),
     ("--test-list nine.txt --labels labels.csv", "nine.txt:1: label 9 has no name in labels.csv"),
     ("--clip none.pt", "none.pt"),
@@ -1106,6 +1366,12 @@ def mistakes(tmp_path):
     ("--out file/run", "file/run"),
     ("--prompts none --no-adapters", "nothing to train"),
     ("--lerning-rate 1", "--lerning-rate"),
+    ("--eval-data x", "'x' is not NAME=DIR[,LIST]"),
+    ("--eval-data x=frames,", "'x=frames,' is not NAME=DIR"),
+    ("--eval-data frames=frames", "frames is another test set already"),
+    ("--base-to-novel --shots 9", "training clips"),
+    ("--seed 1 2 1", "--seed has a number twice"),
+    ("--ablate --prompts none", "--ablate has its own --prompts"),
     ("--demo", "--demo has its own --data")])
 def test_bad_input_is_one_line_and_status_2(flags, word, mistakes, world, monkeypatch):
     monkeypatch.chdir(mistakes)
@@ -1132,8 +1398,9 @@ def test_clips_with_few_frames_and_one_clip_per_class(world, tmp_path):
 def test_the_demo(tmp_path):
     out = tmp_path / "demo"
     train.demo(["--demo", "--out", str(out), "--seed", "11"])
-    rows = {r["row"]: r for r in json.loads((out / "results.json").read_text())["results"]["demo"]}
-    assert [r["n"] for r in rows.values()] == [960] * 5 and (out / "demo.png").exists()
-    assert rows["frozen CLIP"]["base"] <= 60 and rows["+ adapters"]["base"] <= 60  # capped near 50
-    assert rows["+ temporal prompts"]["base"] >= 80
-    assert rows["prompts, frames shuffled"]["base"] <= 60
+    results = json.loads((out / "results.json").read_text())["results"]
+    assert [r["harmonic_mean"]["n"] for r in results.values()] == [960] * 5
+    base = {row: r["base"]["top1"] for row, r in results.items()}
+    assert base["frozen CLIP"] <= 60 and base["+ adapters"] <= 60  # capped near 50
+    assert base["+ temporal prompts"] >= 80 and base["prompts, frames shuffled"] <= 60
+    assert (out / "demo.png").exists()

@@ -19,6 +19,7 @@ import os
 import platform
 import re
 import shlex
+import statistics
 import sys
 import tempfile
 import time
@@ -43,10 +44,12 @@ def usable_device(name):
     return name
 
 
-def template(text):
-    if "{}" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} has no {{}} for the class name")
-    return text
+def text_that(fits, problem):
+    def check(text):
+        if not fits(text):
+            raise argparse.ArgumentTypeError(f"{text!r} {problem}")
+        return text
+    return check
 
 
 def parser():
@@ -55,13 +58,23 @@ def parser():
     flag = p.add_argument
     # data
     flag("--data", help="folder of frames: <class>/<clip>/img_00001.jpg")
-    flag("--train-list", help="training clips, a line each: <clip> [<number of frames>] <label>")
+    flag("--train-list", help="training clips: a list of any of the usual data sets and codes")
     flag("--test-list", help="test clips, likewise")
-    flag("--labels", help="CSV id,name (the sorted class folders)")
-    flag("--templates", type=template, nargs="+", metavar="TEXT", default=list(data.TEMPLATES),
-         help="texts with {} for the class name (the 16 of the official code)")
-    flag("--base-to-novel", action="store_true",
-         help="train on the half of the classes with more training clips, test on either half")
+    flag("--labels", help="names of the lists' numbers: CSV id,name, classInd.txt, labels.json")
+    flag("--allow-missing", action="store_true", help="leave out listed clips that are not there")
+    flag("--eval-data", action="append", metavar="NAME=DIR[,LIST[,LABELS]]",
+         type=text_that(re.compile("[^=]+=[^,]+(,[^,]+){0,2}").fullmatch, "is not NAME=DIR[,LIST]"),
+         help="test there too; {} in LIST: splits 1 to 3, without LIST: all clips")
+    flag("--base-to-novel", nargs="*", metavar="CLASSES",
+         help="train on one half of the classes, test on either: two files of class names "
+         "(the half with more training clips, and the rest)")
+    flag("--shots", type=at_least(0), help="training clips per class (16 with --base-to-novel, "
+         "else all; 0: all)")
+    flag("--descriptions", nargs="+", metavar="FILE", help="CSV id,name,text or JSON of texts to "
+         "stand for the class names; of several the first that has all classes of a data set")
+    flag("--templates", nargs="+", metavar="TEXT",
+         type=text_that(lambda text: "{}" in text, "has no {} for the class name"),
+         help="with {} for the class name (the 16 of the official code; {} with --descriptions)")
     flag("--no-flip", action="store_true", help="never mirror clips (nor where a class has sides)")
     flag("--no-augment", action="store_true", help="no random crops, mirroring and colours")
     # model
@@ -84,11 +97,13 @@ def parser():
          help="linear from 0, at most a tenth of all steps (%(default)s)")
     flag("--motion-weight", type=at_least(0, float), default=1.0,
          help="of the motion loss (%(default)s)")
-    flag("--seed", type=at_least(0), default=0, help="of all that is random (%(default)s)")
+    flag("--seed", "--seeds", dest="seeds", type=at_least(0), nargs="+", default=[0],
+         metavar="SEED", help="of all that is random; of several each has its run (0)")
     # the run
     flag("--out", help="folder of the run (runs/<data>, with a counter when taken)")
     flag("--resume", action="store_true", help="continue the run in --out")
-    flag("--checkpoint", help="weights to start from: a last.pt or one of the official code")
+    flag("--checkpoint", help="weights to start from: a last.pt or one of the official code; "
+         "{} stands for the seed")
     flag("--eval-only", action="store_true", help="do not train")
     flag("--eval-every", type=at_least(1), help="epochs between evaluations (only at the end)")
     flag("--shuffle-frames", action="store_true", help="a control: test clips in random order")
@@ -97,6 +112,7 @@ def parser():
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     flag("--device", type=usable_device, default="cuda" if cuda else "mps" if mps else "cpu",
          help="cuda, cuda:1, mps or cpu (%(default)s)")
+    flag("--ablate", action="store_true", help="CLIP and each part of the method, one by one")
     flag("--demo", action="store_true", help="the method on a rendered world; needs no --data")
     return p
 
@@ -106,11 +122,12 @@ SAVE_SECONDS = 600  # between checkpoints within an epoch
 # Flags of the machine, which a checkpoint does not bring along; and those that may differ when a
 # run is resumed: its result does not depend on them, or what they name is compared by content.
 HERE = ("out", "resume", "workers", "device")
-FREE = ("eval_every", "data", "train_list", "test_list", "labels", "clip", "checkpoint")
+FREE = ("eval_every", "eval_data", "data", "train_list", "test_list", "labels", "allow_missing",
+        "base_to_novel", "descriptions", "templates", "clip", "checkpoint")
 # Flags that describe the model: a checkpoint of ours brings them along.
 MODEL = ("clip", "activation", "num_frames", "prompts", "no_adapters", "temporal_adapter", "tune")
 CHECKPOINT = dict(args=dict, state_dict=dict, optimizer=dict, step=int, seconds=float, rows=list,
-                  sums=list, classes=list, clips_sha256=str, backbone_sha256=str)
+                  sums=list, classes=list, data_sha256=str, backbone_sha256=str)
 
 
 def parse(argv):
@@ -119,7 +136,7 @@ def parse(argv):
     --checkpoint of another kind is the official code's: CLIP and what was learnt, in one file."""
     p = parser()
     args = p.parse_args(argv)
-    if not (args.data or args.resume and args.out):
+    if not (args.data or args.resume and args.out or args.eval_only and args.eval_data):
         raise ValueError("--data is needed, a folder of frames (or --demo)")
     out = run_folder(args)
     resumed = args.resume and (out / "last.pt").exists()
@@ -130,6 +147,7 @@ def parse(argv):
             raise ValueError(f"{path}: is a damaged checkpoint")
         old = {k: v for k, v in saved["args"].items() if k not in HERE
                and k in (vars(args) if resumed else MODEL)}
+        old["eval_data"] = None if args.eval_data else old.get("eval_data")  # or argparse appends
         p.set_defaults(**old)
         args = p.parse_args(argv)
         changed = [k for k in old if resumed and k not in FREE and getattr(args, k) != old[k]]
@@ -142,15 +160,16 @@ def parse(argv):
         raise ValueError(f"{args.checkpoint}: brings its own CLIP, leave --clip out")
     else:
         saved, args.clip = None, args.checkpoint or args.clip or "ViT-B/16"
-    if not args.data:
+    if not (args.data or args.eval_only):
         raise ValueError(f"{out}: no run to resume there, and no --data to start one")
-    args.out, args.resume = str(out), resumed
+    args.out, args.resume, (args.seed, *_) = str(out), resumed, args.seeds
     return args, saved, path
 
 
 def run_folder(args):
     """--out, or runs/<data> with a counter: the last with a last.pt for --resume, else the next."""
-    first = Path(args.out or Path("runs", Path(args.data or "demo").resolve().name))
+    source = args.data or ("demo" if args.demo else "zero-shot")
+    first = Path(args.out or Path("runs", Path(source).resolve().name))
     folders = [first]
     while folders[-1].exists() and not args.out:
         folders.append(first.with_name(f"{first.name}-{len(folders) + 1}"))
@@ -161,26 +180,54 @@ def run_folder(args):
     return folders[-1]
 
 
-def find_clips(args):
-    """-> (class names, clips) to train on and {name: (class names, clips)} to test on."""
-    lists = args.train_list, args.test_list, args.labels
-    classes, train, test = data.index_frames(args.data, *lists)
-    order, half = range(len(classes)), len(classes)
-    if args.base_to_novel:
-        counts = np.bincount([label for _, label in train], minlength=len(classes))
-        order, half = np.argsort(-counts, kind="stable").tolist(), (len(classes) + 1) // 2
-
-    def part(clips, keep):
-        position = {label: i for i, label in enumerate(sorted(keep))}
-        return [classes[k] for k in position], [(c, position[k]) for c, k in clips if k in position]
-
-    tests = {"base" if half < len(classes) else Path(args.data).resolve().name: order[:half],
-             "novel": order[half:]}
-    tests = {name: part(test, keep) for name, keep in tests.items() if len(keep)}
-    for name, (_, clips) in tests.items():
-        if not clips:
+def find_clips(args, saved):
+    """-> the Split to train on (None without --data) and {name: Split} to test on."""
+    train, tests, shots = None, {}, args.shots
+    if args.data:
+        train, test = data.index_frames(args.data, args.train_list, args.test_list, args.labels,
+                                        args.allow_missing)
+        tests = {Path(args.data).resolve().name: test}
+    if args.data and args.base_to_novel is not None:
+        base, novel = halves(train, args.base_to_novel)
+        train, tests = train.only(base), {"base": test.only(base), "novel": test.only(novel)}
+        shots = 16 if shots is None else shots
+    if shots and not args.eval_only:
+        train = train.shots(shots, args.seed)
+    learnt = train.classes if not args.eval_only else saved["classes"] if saved else []
+    for text in args.eval_data or ():
+        name, _, paths = text.partition("=")
+        for number in "123" if "{}" in paths else [""]:
+            key = f"{name} split {number}" if number else name
+            if key in tests:
+                raise ValueError(f"--eval-data {text}: {name} is another test set already")
+            root, *lists = paths.replace("{}", number).split(",")
+            _, test = data.index_frames(root, None, *lists, allow_missing=args.allow_missing,
+                                        whole=True)
+            known = test.only(set(map(data.class_key, learnt))).classes
+            print(f"{key}: {len(known)} of its {len(test.classes)} classes occur in training too")
+            tests[key] = test
+    for name, test in tests.items():
+        if not test.clips:
             print(f"warning: {name}: there are no test clips", file=sys.stderr)
-    return part(train, order[:half]), {name: t for name, t in tests.items() if t[1]}
+    return train, {name: test for name, test in tests.items() if test.clips}
+
+
+def halves(split, files):
+    """-> keys of the base and the novel classes: those of two files, or the classes with more
+    training clips, in doubt those of smaller label, and the others."""
+    if len(files) not in (0, 2) or not (files or split.clips):
+        raise ValueError("--base-to-novel needs training clips, or two files of class names")
+    counts = np.bincount([k for _, k in split.clips], minlength=len(split.classes))
+    order = [data.class_key(split.classes[k]) for k in np.argsort(-counts, kind="stable")]
+    half = (len(order) + 1) // 2
+    parts = [{data.class_key(name): name for _, name, _ in data.read_classes(path)}
+             for path in files] or [order[:half], order[half:]]
+    for path, part, other in zip(files, parts, parts[::-1]):
+        for key in part:
+            if key not in order or key in other:
+                raise ValueError(f"{path}: {part[key]} is "
+                                 + ("in both files" if key in other else f"not in {split.root}"))
+    return parts
 
 
 def build_model(args, saved, path):
@@ -219,9 +266,21 @@ def trained(model):
 
 def tokens_of(classes, args, model):
     """Token ids of every template and class, (templates, classes, L)."""
-    words, length = [data.class_text(name) for name in classes], model.config.context_length
-    return torch.stack([tokenize([template.replace("{}", word) for word in words], length)
-                        for template in args.templates])
+    words, templates, tokens = [data.class_text(name) for name in classes], data.TEMPLATES, []
+    for path in args.descriptions or ():
+        texts = {data.class_key(name): text for _, name, text in data.read_classes(path)}
+        words, templates = [texts.get(data.class_key(name)) for name in classes], ["{}"]
+        if all(words):
+            break
+    for name, word in zip(classes, words):
+        if not word:
+            raise ValueError(f"{path}: has no description of {name}")
+        try:
+            texts = [text.replace("{}", word) for text in args.templates or templates]
+            tokens.append(tokenize(texts, model.config.context_length))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+    return torch.stack(tokens, 1)
 
 
 def autocast(args):
@@ -229,13 +288,16 @@ def autocast(args):
 
 
 @torch.inference_mode()
-def evaluate(model, classes, clips, args):
-    """Zero-shot classification of every clip: {"top1", "top5" (per cent), "n", "classes"}."""
+def evaluate(model, split, args):
+    """Zero-shot classification of every clip of a Split: accuracies in per cent, what is confused,
+    and the matrix of true and predicted classes under "confusion"."""
     model.eval()
-    dataset = data.Clips(args.data, clips, args.num_frames, model.config.image_size)
-    keys = [(0, i) for i in range(len(clips))]
-    batches = [keys[i:i + args.batch_size] for i in range(0, len(keys), args.batch_size)]
-    tokens, hits = tokens_of(classes, args, model), torch.zeros(2)
+    classes, n = split.classes, len(split.clips)
+    dataset = data.Clips(split, args.num_frames, model.config.image_size)
+    batches = [[(0, i) for i in range(start, min(start + args.batch_size, n))]
+               for start in range(0, n, args.batch_size)]
+    tokens, hits = tokens_of(classes, args, model), 0
+    confusion = np.zeros((len(classes), len(classes)), int)
     torch.manual_seed(args.seed)  # of --shuffle-frames
     with autocast(args):
         texts = [model.encode_text(t.to(args.device)) for t in tokens.flatten(0, 1).split(512)]
@@ -249,21 +311,62 @@ def evaluate(model, classes, clips, args):
         probabilities = class_probabilities(features, texts)
         if not probabilities.isfinite().all():
             raise ValueError("the model's features are not finite: its weights are broken")
-        best = probabilities.topk(min(5, len(classes))).indices.cpu() == labels[:, None]
-        hits += torch.stack([best[:, 0].sum(), best.sum()])
-    top1, top5 = (100 * hits / len(clips)).tolist()
-    return {"top1": round(top1, 2), "top5": round(top5, 2), "n": len(clips),
-            "classes": len(classes)}
+        best = probabilities.topk(min(5, len(classes))).indices.cpu()
+        hits += (best == labels[:, None]).sum().item()
+        np.add.at(confusion, (labels, best[:, 0]), 1)
+    counts, right = confusion.sum(1).tolist(), confusion.diagonal().tolist()
+    wrong = (confusion - np.diag(right)).ravel()
+    return {"top1": round(100 * sum(right) / n, 2), "top5": round(100 * hits / n, 2), "n": n,
+            "classes": len(classes), "split": split.source, "confusion": confusion,
+            "per_class": {name: {"top1": round(100 * hit / count, 2), "n": count}
+                          for name, hit, count in zip(classes, right, counts) if count},
+            "confused": [{"class": classes[i // len(classes)], "taken_for": classes[i % len(classes)],
+                          "clips": wrong[i].item()}
+                         for i in np.argsort(-wrong, kind="stable")[:10] if wrong[i]]}
 
 
 def evaluate_all(model, tests, args, row):
     """-> {test set: result}, which is also printed and noted in a row of the log."""
-    results = {name: evaluate(model, *test, args) for name, test in tests.items()}
+    results = {name: evaluate(model, test, args) for name, test in tests.items()}
+    for text in args.eval_data or ():
+        name = text.partition("=")[0]
+        if f"{name} split 3" in results:
+            results[name] = average([results[f"{name} split {i}"] for i in (1, 2, 3)])
+    if args.base_to_novel is not None and {"base", "novel"} <= results.keys():
+        base, novel = results["base"], results["novel"]
+        mean = 2 * base["top1"] * novel["top1"] / max(base["top1"] + novel["top1"], 1e-9)
+        results["harmonic_mean"] = {"top1": round(mean, 2), "n": base["n"] + novel["n"]}
     for name, r in results.items():
-        print(f"{name}: top-1 {r['top1']:.2f} %, top-5 {r['top5']:.2f} %, n = {r['n']} clips of "
-              f"{r['classes']} classes", flush=True)
-        row.update({f"{name} top1": r["top1"], f"{name} top5": r["top5"]})
+        more = f" clips of {r['classes']} classes, top-5 {r['top5']} %" if "classes" in r else ""
+        print(f"{name}: top-1 {percent(r)} %, n = {r['n']}{more}", flush=True)
+        row.update({f"{name} {key}": r[key] for key in ("top1", "top5") if key in r})
     return results
+
+
+def average(results):
+    """Of alike results, nested alike, the mean and the standard deviation (n - 1) of each."""
+    if "top1" not in results[0]:
+        return {key: average([r[key] for r in results]) for key in results[0]}
+    mean = {"n": [r["n"] for r in results]}
+    for key in {"top1", "top5"} & results[0].keys():
+        values = [r[key] for r in results]
+        mean |= {key: round(statistics.mean(values), 2),
+                 f"{key}_std": round(statistics.stdev(values), 2)}
+    return mean
+
+
+def percent(result):
+    deviation = f" ± {result['top1_std']:.1f}" if "top1_std" in result else ""
+    return f"{result['top1']:.1f}{deviation}"
+
+
+def print_table(rows):
+    """{row: {test set: result}} in Markdown."""
+    sets = {name: result["n"] for results in rows.values() for name, result in results.items()}
+    print("\n| top-1 (%) | " + " | ".join(f"{name}, n = {n}" for name, n in sets.items()) + " |")
+    print("|---" * (len(sets) + 1) + "|")
+    for name, results in rows.items():
+        print(f"| {name} | " + " | ".join(percent(results[key]) for key in sets) + " |")
 
 
 def write(path, save):
@@ -286,20 +389,21 @@ def batches(n, size, start, stop, seed):
         yield [(epoch, i) for i in order[k * size:(k + 1) * size]]
 
 
-def train(model, classes, clips, tests, args, saved):
+def train(model, split, tests, args, saved):
     """Train from the first step, or from where `saved` stood; returns the results and the seconds.
 
     No random state has to be kept: a step's is a function of (seed, step), a clip's of (seed,
     epoch, clip). So a resumed run takes the very steps of one that was never stopped.
     """
     out, device = Path(args.out), torch.device(args.device)
+    classes, clips = split.classes, split.clips
     names = "\n".join(map(data.class_text, classes))
     flip = not (args.no_augment or args.no_flip
                 or re.search(r"(?<![a-z])(left|right)(?![a-z])", names))
     size = sum(p.numel() for p in trained(model).values())
     print(f"training {size:,} parameters on {args.device}, {len(clips)} clips of "
           f"{len(classes)} classes, {'' if flip else 'not '}mirrored")
-    dataset = data.Clips(args.data, clips, args.num_frames, model.config.image_size, train=True,
+    dataset = data.Clips(split, args.num_frames, model.config.image_size, train=True,
                          augment=not args.no_augment, flip=flip, seed=args.seed)
     tokens = tokens_of(classes, args, model)
     per_epoch = max(1, len(clips) // args.batch_size)
@@ -310,10 +414,10 @@ def train(model, classes, clips, tests, args, saved):
         [{"params": [p for name, p in trained(model).items() if ("prompts" in name) == prompts]}
          for prompts in lrs], betas=(0.9, 0.98), eps=1e-8, weight_decay=args.weight_decay)
     step, seconds, rows, sums = 0, 0.0, [], [0.0, 0.0, 0.0]
-    clips_sha256 = hashlib.sha256(repr((classes, clips)).encode()).hexdigest()
+    data_sha256 = hashlib.sha256(repr(clips).encode() + tokens.numpy().tobytes()).hexdigest()
     if saved:
-        if saved["clips_sha256"] != clips_sha256:
-            raise ValueError(f"{out}: the run had other training clips or classes than these")
+        if saved["data_sha256"] != data_sha256:
+            raise ValueError(f"{out}: the run had other training clips or texts than these")
         try:
             optimizer.load_state_dict(saved["optimizer"])
         except (KeyError, TypeError, AttributeError, ValueError):
@@ -325,7 +429,7 @@ def train(model, classes, clips, tests, args, saved):
         torch.save({"state_dict": {name: p.detach() for name, p in trained(model).items()},
                     "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
                     "rows": rows, "sums": sums, "args": vars(args), "classes": classes,
-                    "clips_sha256": clips_sha256, "backbone_sha256": model.weights_sha256}, path)
+                    "data_sha256": data_sha256, "backbone_sha256": model.weights_sha256}, path)
 
     steps = batches(len(clips), args.batch_size, step, total, args.seed)
     stream = data.loader(dataset, steps, args.workers, pin_memory=device.type == "cuda")
@@ -398,7 +502,7 @@ def figure(width, height, mosaic, **options):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
-    colours = plt.cycler(color=["#0072B2", "#E69F00", "#009E73"])
+    colours = plt.cycler(color=["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"])
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
                          "legend.frameon": False, "axes.prop_cycle": colours})
     return plt.subplot_mosaic(mosaic, figsize=(width, height), layout="constrained", **options)
@@ -427,8 +531,24 @@ def plot_curves(path, rows):
     save_figure(fig, path)
 
 
-def plot_demo(path, frames, table):
-    """A strip of frames for each of eight actions, and below them the table as bars."""
+def plot_confusion(path, results):
+    """For each test set: of the clips of a class (row), which share is taken for which (column)."""
+    columns = min(3, len(results))
+    names = [*results, *["."] * (-len(results) % columns)]
+    mosaic = [names[i:i + columns] for i in range(0, len(names), columns)]
+    fig, axes = figure(4 * columns, 3.6 * len(mosaic), mosaic)
+    for name, result in results.items():
+        matrix = result.pop("confusion")
+        image = axes[name].imshow(100 * matrix / matrix.sum(1, keepdims=True).clip(1),
+                                  cmap="cividis", vmin=0, vmax=100)
+        axes[name].set(title=f"{name}: {result['top1']:.1f} % of {result['n']} clips",
+                       xlabel="predicted class", ylabel="true class")
+    fig.colorbar(image, ax=list(axes.values()), label="clips of the true class (%)")
+    save_figure(fig, path)
+
+
+def plot_demo(path, frames, results):
+    """A strip of frames for each of eight actions, and below them the ablation as bars."""
     words = [word for twins in data.TWINS for word in twins]
     mosaic = [*zip(words[::2], words[1::2]), ("bars", "bars")]
     fig, axes = figure(8, 7, mosaic, height_ratios=[1, 1, 1, 1, 4])
@@ -441,114 +561,159 @@ def plot_demo(path, frames, table):
         axes[word].set_title(name, fontsize=9, pad=3)
         axes[word].axis("off")
     for i, key in enumerate(("base", "novel", "harmonic_mean")):
-        values = [row[key] for row in table]
-        bars = axes["bars"].bar(np.arange(len(table)) + (i - 1) * 0.28, values, 0.26,
+        values = [row[key]["top1"] for row in results.values()]
+        bars = axes["bars"].bar(np.arange(len(results)) + (i - 1) * 0.28, values, 0.26,
                                 label=key.replace("_", " "))
         axes["bars"].bar_label(bars, fmt="%.0f", fontsize=8)
     axes["bars"].axhline(50, color="0.5", linestyle=":", zorder=0, label="best without order")
-    axes["bars"].set_xticks(range(len(table)), [row["row"].replace(", ", ",\n") for row in table])
+    axes["bars"].set_xticks(range(len(results)), [row.replace(", ", ",\n") for row in results])
     axes["bars"].set(ylabel="top-1 accuracy (%)", ylim=(0, 105))
     axes["bars"].legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     save_figure(fig, path)
 
 
-def write_results(out, argv, args, trainable, seconds, results):
-    versions = {"python": platform.python_version(), "torch": torch.__version__,
-                "torchvision": torchvision.__version__, "numpy": np.__version__}
-    content = {"command": shlex.join(["python", "train.py", *argv]), "seed": args.seed,
-               "versions": versions, "device": args.device, "trainable": trainable,
-               "seconds": round(seconds, 1), "results": results}
-    write(out / "results.json", lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
-    return content
+def recorded(job):
+    """A job of a command line whose result also goes to results.json in its folder."""
+    def wrapper(argv, *rest):
+        began = time.monotonic()
+        args, content = job(argv, *rest)
+        versions = {"python": platform.python_version(), "torch": torch.__version__,
+                    "torchvision": torchvision.__version__, "numpy": np.__version__}
+        content = {"command": shlex.join(["python", "train.py", *argv]), "seeds": args.seeds,
+                   "versions": versions, "device": args.device,
+                   "seconds": round(time.monotonic() - began, 1), **content}
+        write(Path(args.out) / "results.json",
+              lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+        return content
+    return wrapper
 
 
+@recorded
 def run(argv):
-    """Train and evaluate as the flags say; returns the content of results.json."""
-    began = time.monotonic()
+    """Train and evaluate as the flags say."""
     args, saved, path = parse(argv)
     out = Path(args.out)
-    (classes, clips), tests = find_clips(args)
+    split, tests = find_clips(args, saved)
     model = build_model(args, saved, path)
-    trainable = sum(p.numel() for p in trained(model).values())
-    if not args.eval_only and not (clips and trainable):
-        raise ValueError(f"{args.data}: no training clips" if trainable else "nothing to train: "
-                         "no prompts, no adapters, no --tune all")
-    for names, _ in ((classes, clips), *tests.values()):
-        tokens_of(names, args, model)  # a text too long is to show before anything is written
+    content = {"trainable": sum(p.numel() for p in trained(model).values())}
+    if not args.eval_only and not (split.clips and content["trainable"]):
+        raise ValueError("nothing to train: no prompts, no adapters, no --tune all"
+                         if split.clips else f"{args.data}: no training clips")
+    for part in (*([] if args.eval_only else [split]), *tests.values()):
+        tokens_of(part.classes, args, model)  # a bad text is to show before anything is written
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # an error now, if the folder cannot be written to
     if args.eval_only:
-        results, seconds = evaluate_all(model, tests, args, {}), time.monotonic() - began
+        results = evaluate_all(model, tests, args, {})
     else:
-        results, seconds = train(model, classes, clips, tests, args, saved if args.resume else None)
-    return write_results(out, argv, args, trainable, seconds, results)
+        results, seconds = train(model, split, tests, args, saved if args.resume else None)
+        content |= {"seconds": round(seconds, 1), "training": {
+            "clips": len(split.clips), "classes": len(split.classes), "split": split.source}}
+    if tests:
+        plot_confusion(out / "confusion.png", {name: results[name] for name in tests})
+    return args, {**content, "results": results}
 
 
-def ablate(out, common, rows):
-    """Run a command per row (name, flags, folder) and print the table of their results; returns it
-    and the largest number of trainable parameters."""
-    table, count = [], 0
-    for name, flags, folder in rows:
-        argv = [*common, *flags, "--out", str(out / folder)]
-        print(f"\n{name}: {shlex.join(['python', 'train.py', *argv])}", flush=True)
-        content = run(argv)
-        results, count = content["results"], max(count, content["trainable"])
-        base, novel = results["base"]["top1"], results["novel"]["top1"]
-        mean = 2 * base * novel / max(base + novel, 1e-9)
-        table.append({"row": name, "base": base, "novel": novel, "harmonic_mean": round(mean, 2),
-                      "n": results["base"]["n"] + results["novel"]["n"]})
-    print("\n| row | base | novel | harmonic mean | n |\n|---|---|---|---|---|")
-    for row in table:
-        print("| {row} | {base:.1f} | {novel:.1f} | {harmonic_mean:.1f} | {n} |".format(**row))
-    return table, count
+def refuse(args, flags, job):
+    usual = vars(parser().parse_args([]))
+    for flag in flags:
+        if getattr(args, flag) != usual[flag]:
+            raise ValueError(f"{job} has its own --{flag.replace('_', '-')}")
+
+
+def without(argv, *flags):
+    """A command line less some of its flags and their values."""
+    p = Parser(add_help=False, allow_abbrev=False)
+    for flag in flags:
+        p.add_argument(flag, nargs="*")
+    return p.parse_known_args(argv)[1]
+
+
+ROWS = (  # of the ablation: name, folder, flags
+    ("frozen CLIP", "frozen", "--eval-only"),
+    ("+ adapters", "adapters", "--prompts none --motion-weight 0"),
+    ("+ temporal prompts", "prompts", "--motion-weight 0"),
+    ("+ motion loss", "motion", ""),
+    ("prompts, frames shuffled", "shuffled", "--eval-only --shuffle-frames --checkpoint {}"))
+
+
+@recorded
+def ablate(argv):
+    """CLIP, then the method part by part, on the same data: a run for each of ROWS, and a table."""
+    args, results, trainable = parser().parse_args(argv), {}, 0
+    refuse(args, ("checkpoint", "eval_only", "shuffle_frames", "prompts", "no_adapters",
+                  "temporal_adapter", "motion_weight"), "--ablate")
+    args.out = run_folder(args)
+    for name, folder, flags in ROWS:
+        flags = [flag.replace("{}", str(args.out / "prompts/last.pt")) for flag in flags.split()]
+        row = [*without(argv, "--ablate", "--out"), *flags, "--out", str(args.out / folder)]
+        print(f"\n{name}: {shlex.join(['python', 'train.py', *row])}", flush=True)
+        content = run(row)
+        results[name], trainable = content["results"], max(trainable, content["trainable"])
+    print_table(results)
+    return args, {"trainable": trainable, "results": results}
+
+
+@recorded
+def repeat(argv, job):
+    """A job once for each of several seeds, and their means and standard deviations."""
+    args, runs = parser().parse_args(argv), {}
+    if len(set(args.seeds)) < len(args.seeds):
+        raise ValueError("--seed has a number twice")
+    args.out = run_folder(args)
+    for seed in args.seeds:
+        flags = ["--seed", str(seed), "--out", str(args.out / f"seed{seed}")]
+        if args.checkpoint:
+            flags += ["--checkpoint", args.checkpoint.replace("{}", str(seed))]
+        others = without(argv, "--seed", "--seeds", "--out", "--checkpoint")
+        runs[f"seed {seed}"] = job([*others, *flags])
+    results = average([content["results"] for content in runs.values()])
+    rows = {name: content["results"] for name, content in runs.items()} | {"mean": results}
+    print_table(results if job is not run else rows)
+    return args, {"results": results, "runs": runs}
 
 
 PRETRAINING = ("--tune all --num-frames 1 --prompts none --no-adapters --motion-weight 0 "
                "--epochs 5 --batch-size 128 --lr 1e-3 --weight-decay 0.02")
-ADAPTATION = "--num-frames 4 --epochs 33 --batch-size 32 --lr 8e-3 --prompt-lr 0.3"
+ADAPTATION = "--shots 32 --num-frames 4 --epochs 33 --batch-size 32 --lr 8e-3 --prompt-lr 0.3"
 
 
+@recorded
 def demo(argv):
     """The method in small: a tiny CLIP learns a rendered world from stills, then is adapted to its
     actions. These come in pairs that are each other backwards: who averages frames, guesses."""
-    began, args = time.monotonic(), parser().parse_args(argv)
-    usual = vars(parser().parse_args(["--demo"]))
-    own = ("seed", "out", "resume", "workers", "device")
-    foreign = [key for key, value in vars(args).items() if key not in own and value != usual[key]]
-    if foreign:
-        raise ValueError(f"--demo has its own --{foreign[0].replace('_', '-')}; it takes "
-                         + " ".join(f"--{key}" for key in own))
-    out = run_folder(args)
+    args = parser().parse_args(argv)
+    refuse(args, [flag for flag in vars(args) if flag not in (*HERE, "seeds", "demo")], "--demo")
+    out = args.out = run_folder(args)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("stills", "frames"):
         if not (out / name).exists():
-            data.demo(out / name, args.seed, stills=name == "stills")
-    torch.manual_seed(args.seed)
+            data.demo(out / name, args.seeds[0], stills=name == "stills")
+    torch.manual_seed(args.seeds[0])
     model = EZCLIP(Config(embed_dim=64, image_size=32, patch_size=8, vision_width=64,
                           vision_layers=3, text_width=64, text_layers=2, prompts="none",
                           adapters=False))
     torch.nn.init.normal_(model.visual.positional_embedding, std=0.7)  # else places are not learnt
     write(out / "random.pt", lambda path: torch.save(model.state_dict(), path))
 
-    common = ["--templates", "{}", "--no-augment", "--seed", str(args.seed),
+    common = ["--templates", "{}", "--no-augment", "--seed", str(args.seeds[0]),
               "--device", args.device, "--workers", str(args.workers), *["--resume"] * args.resume]
     stills = run([*common, "--data", str(out / "stills"), "--clip", str(out / "random.pt"),
                   *PRETRAINING.split(), "--out", str(out / "clip")])["results"]["stills"]
     if stills["top1"] < 90:
         raise ValueError(f"the tiny CLIP names only {stills['top1']} % of the stills: stopped")
-    clip = str(out / "clip/last.pt")
-    common += ["--data", str(out / "frames"), "--base-to-novel", *ADAPTATION.split()]
-    table, trainable = ablate(out, common, [
-        ("frozen CLIP", ["--clip", clip, "--eval-only"], "frozen"),
-        ("+ adapters", ["--clip", clip, "--prompts", "none", "--motion-weight", "0"], "adapters"),
-        ("+ temporal prompts", ["--clip", clip, "--motion-weight", "0"], "prompts"),
-        ("+ motion loss", ["--clip", clip], "motion"),
-        ("prompts, frames shuffled", ["--checkpoint", str(out / "prompts/last.pt"),
-                                      "--eval-only", "--shuffle-frames"], "shuffled")])
-    plot_demo(out / "demo.png", out / "frames", table)
-    write_results(out, argv, args, trainable, time.monotonic() - began, {"demo": table})
-    print(f"{time.monotonic() - began:.0f} s; {out}/results.json, {out}/demo.png")
+    content = ablate([*common, "--data", str(out / "frames"), "--clip", str(out / "clip/last.pt"),
+                      "--base-to-novel", *ADAPTATION.split(), "--out", str(out / "ablation")])
+    plot_demo(out / "demo.png", out / "frames", content["results"])
+    print(f"{out}/results.json, {out}/demo.png")
+    return args, {key: content[key] for key in ("trainable", "results")}
+
+
+def main(argv):
+    args = parser().parse_args(argv)
+    job = demo if args.demo else ablate if args.ablate else run
+    return repeat(argv, job) if len(args.seeds) > 1 else job(argv)
 
 
 if __name__ == "__main__":
-    data.command(lambda: (demo if "--demo" in sys.argv else run)(sys.argv[1:]))
+    data.command(lambda: main(sys.argv[1:]))
