@@ -64,7 +64,7 @@ def class_text(name):
 @functools.cache
 def class_key(name):
     """What the spellings of a class share: BrushHair, brush_hair, Brush hair -> brushhair."""
-    return re.sub(r"[\s-]", "", class_text(name))
+    return re.sub(r"[\s()',-]", "", class_text(name))
 
 
 # ---- which clips there are ----
@@ -115,24 +115,20 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
     names = {number: name for number, name, _ in read_classes(labels)} if labels else {}
     folders, given = _clip_folders(root), {class_key(name): name for name in names.values()}
     flat, splits, found, numbers = "/" not in folders[0], ({}, {}), {}, {}
-    if any(lists):
-        entries = [(i, *entry) for i, path in enumerate(lists) if path
-                   for entry in _match(path, i, folders, root, allow_missing)]
-    elif flat:
+    if flat and not any(lists):
         raise ValueError(f"{root}: clips without class folders need lists and --labels")
-    else:
-        entries = [(1, root, clip, None, None) for clip in folders]
-    for i, where, clip, parent, label in entries:
-        folder = parent if flat else clip.split("/")[-2]
+    entries = [(i, *entry) for i, path in enumerate(lists) if path
+               for entry in _match(path, i, folders, root, allow_missing)]
+    entries = entries or [(1, root, clip, clip.split("/")[-2], None) for clip in folders]
+    for i, where, clip, folder, label in entries:
         if names and isinstance(label, int) and label not in names:
             raise ValueError(f"{where}: label {label} has no name in {labels}")
         name = label if isinstance(label, str) else names.get(label, folder)
         key, there = class_key(name or ""), class_key(folder or "")
         if not name or given and key not in given:
             raise ValueError(f"{where}: {clip} has no class of {labels or 'known name: --labels'}")
-        if there in given or not (flat or given):
-            if there != key:
-                raise ValueError(f"{where}: {clip} is {name} by its label, but lies in {folder}")
+        if there != key and (there in given or not (flat or given)):
+            raise ValueError(f"{where}: {clip} is {name} by its label, but lies in {folder}")
         if isinstance(label, int) and not given and (
                 numbers.setdefault(label, key) != key or numbers.setdefault(key, label) != label):
             raise ValueError(f"{where}: label {label} is not {name} in all lines; see --labels")
@@ -216,7 +212,7 @@ def _stem(name):
 
 
 def _match(path, which, folders, root, allow_missing):
-    """Yield (where, folder, parent, label) of the entries of a list; parent: in the list's path."""
+    """Yield (where, clip, its class folder or else that of the list's path, label) per entry."""
     by_stem, missing, total = defaultdict(list), [], 0
     for folder in folders:  # in lower case, as UCF101 writes HandstandPushups in two ways
         *above, name = folder.split("/")
@@ -224,25 +220,27 @@ def _match(path, which, folders, root, allow_missing):
     classes = {parents[0] for found in by_stem.values() for parents, *_ in found if parents}
 
     def find(listed):
-        *above, name = re.split(r"[/\\]+", listed.rstrip("/\\"))
+        name, *above = re.split(r"[/\\]+", listed.rstrip("/\\"))[::-1]
         there = by_stem.get(_stem(name).lower(), [])
-        if above and above[-1] in classes:  # a clip of this name in another class is another clip
-            there = [clip for clip in there if clip[0][0] == above[-1]]
+        if above and above[0] in classes:  # a clip of this name in another class is another clip
+            there = [clip for clip in there if clip[0][0] == above[0]]
         if len(there) > 1:
-            fits = [(len(os.path.commonprefix([parents, above[::-1]])), own == name,
+            fits = [(len(os.path.commonprefix([parents, above])), own == name,
                      _stem(own) == _stem(name)) for parents, own, _ in there]
             there = [clip for clip, fit in zip(there, fits) if fit == max(fits)]
-        return {folder: above[-1] if above else None for *_, folder in there}
+        return {folder: next(iter(parents or above), None) for parents, _, folder in there}
 
     for where, readings in _read_list(Path(path), which):
-        found = {folder: (parent, label) for listed, label in readings
-                 for folder, parent in find(listed).items()}
+        found = {clip: (folder, label) for listed, label in readings
+                 for clip, folder in find(listed).items()}
         if len(found) > 1:
             raise ValueError(f"{where}: {readings[0][0]} fits all of {', '.join(found)}")
         missing += [] if found else [readings[0][0]]
         total += 1
-        for folder, rest in found.items():
-            yield where, folder, *rest
+        for clip, (folder, label) in found.items():
+            yield where, clip, folder, label
+    if not total:
+        raise ValueError(f"{path}: names no clips")
     if missing:
         problem = (f"{path}: {len(missing)} of {total} clips have no folder below {root}: "
                    + ", ".join(missing[:10] + ["..."] * (len(missing) > 10)))
@@ -287,7 +285,7 @@ def _kinetics(text):
     yield 1, None  # the header
     for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
         start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
-        yield number, [(f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label"))]
+        yield number, [(f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label") or None)]
 
 
 def _hmdb51(text, name, which):
@@ -321,7 +319,7 @@ def read_classes(path):
         else:
             rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except (csv.Error, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}:{reader.line_num}: {error}") from None
+        raise ValueError(f"{path}:{reader.line_num or 1}: {error}") from None
     rows = [(line, row) for line, row in rows if any(row)]
     if all(len(row) == 1 and not row[0][0].isdecimal() for _, row in rows):
         rows = [(line, [str(i), name]) for i, (line, (name,)) in enumerate(rows)]

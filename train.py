@@ -4,9 +4,11 @@
     python train.py --resume --out runs/ucf101_frames          # continue a stopped run
     python train.py --data hmdb51_frames --checkpoint runs/ucf101_frames/last.pt --eval-only
     python train.py --data ucf101_frames --eval-only           # plain CLIP, nothing learnt
+    python train.py --data ucf101_frames --base-to-novel --seed 1 2 3
+    python train.py --data ucf101_frames --ablate
     python train.py --demo                                     # no data, no weights, five minutes
 
-A run's folder receives last.pt, log.csv, curves.png and results.json.
+A run's folder receives last.pt, log.csv, curves.png, confusion.png and results.json.
 """
 
 import argparse
@@ -167,14 +169,15 @@ def parse(argv):
 
 
 def run_folder(args):
-    """--out, or runs/<data> with a counter: the last with a last.pt for --resume, else the next."""
+    """--out, or runs/<data> with a counter: the last that holds a last.pt for --resume, else the
+    next. That of several seeds or an ablation holds them in folders."""
     source = args.data or ("demo" if args.demo else "zero-shot")
     first = Path(args.out or Path("runs", Path(source).resolve().name))
     folders = [first]
     while folders[-1].exists() and not args.out:
         folders.append(first.with_name(f"{first.name}-{len(folders) + 1}"))
     if args.resume:
-        return next((out for out in reversed(folders) if (out / "last.pt").exists()), folders[-1])
+        return next((out for out in folders[::-1] if any(out.rglob("last.pt"))), folders[-1])
     if any((folders[-1] / name).exists() for name in ("last.pt", "log.csv", "results.json")):
         raise ValueError(f"{first}: holds a run; --resume continues it, another --out starts one")
     return folders[-1]
@@ -315,14 +318,14 @@ def evaluate(model, split, args):
         hits += (best == labels[:, None]).sum().item()
         np.add.at(confusion, (labels, best[:, 0]), 1)
     counts, right = confusion.sum(1).tolist(), confusion.diagonal().tolist()
-    wrong = (confusion - np.diag(right)).ravel()
+    wrong = confusion - np.diag(right)
+    pairs = [divmod(k, len(classes)) for k in np.argsort(-wrong, axis=None, kind="stable")[:10]]
     return {"top1": round(100 * sum(right) / n, 2), "top5": round(100 * hits / n, 2), "n": n,
             "classes": len(classes), "split": split.source, "confusion": confusion,
             "per_class": {name: {"top1": round(100 * hit / count, 2), "n": count}
                           for name, hit, count in zip(classes, right, counts) if count},
-            "confused": [{"class": classes[i // len(classes)], "taken_for": classes[i % len(classes)],
-                          "clips": wrong[i].item()}
-                         for i in np.argsort(-wrong, kind="stable")[:10] if wrong[i]]}
+            "confused": [{"class": classes[i], "taken_for": classes[k], "clips": wrong[i, k].item()}
+                         for i, k in pairs if wrong[i, k]]}
 
 
 def evaluate_all(model, tests, args, row):
@@ -337,7 +340,7 @@ def evaluate_all(model, tests, args, row):
         mean = 2 * base["top1"] * novel["top1"] / max(base["top1"] + novel["top1"], 1e-9)
         results["harmonic_mean"] = {"top1": round(mean, 2), "n": base["n"] + novel["n"]}
     for name, r in results.items():
-        more = f" clips of {r['classes']} classes, top-5 {r['top5']} %" if "classes" in r else ""
+        more = f", top-5 {r['top5']:.1f} %, {r['classes']} classes" if "classes" in r else ""
         print(f"{name}: top-1 {percent(r)} %, n = {r['n']}{more}", flush=True)
         row.update({f"{name} {key}": r[key] for key in ("top1", "top5") if key in r})
     return results
@@ -347,7 +350,8 @@ def average(results):
     """Of alike results, nested alike, the mean and the standard deviation (n - 1) of each."""
     if "top1" not in results[0]:
         return {key: average([r[key] for r in results]) for key in results[0]}
-    mean = {"n": [r["n"] for r in results]}
+    n = [r["n"] for r in results]
+    mean = {"n": n[0] if n.count(n[0]) == len(n) else n, "runs": len(n)}
     for key in {"top1", "top5"} & results[0].keys():
         values = [r[key] for r in results]
         mean |= {key: round(statistics.mean(values), 2),
@@ -531,19 +535,19 @@ def plot_curves(path, rows):
     save_figure(fig, path)
 
 
-def plot_confusion(path, results):
-    """For each test set: of the clips of a class (row), which share is taken for which (column)."""
-    columns = min(3, len(results))
-    names = [*results, *["."] * (-len(results) % columns)]
-    mosaic = [names[i:i + columns] for i in range(0, len(names), columns)]
-    fig, axes = figure(4 * columns, 3.6 * len(mosaic), mosaic)
-    for name, result in results.items():
-        matrix = result.pop("confusion")
-        image = axes[name].imshow(100 * matrix / matrix.sum(1, keepdims=True).clip(1),
-                                  cmap="cividis", vmin=0, vmax=100)
-        axes[name].set(title=f"{name}: {result['top1']:.1f} % of {result['n']} clips",
-                       xlabel="predicted class", ylabel="true class")
-    fig.colorbar(image, ax=list(axes.values()), label="clips of the true class (%)")
+def plot_confusion(path, tests, results):
+    """For each test set: which share of the clips of a class (row) is taken for which (column)."""
+    fig, axes = figure(7, 5 * len(tests), [[name] for name in tests])
+    for name, test in tests.items():
+        matrix, axis, result = results[name].pop("confusion"), axes[name], results[name]
+        image = axis.imshow(100 * matrix / matrix.sum(1, keepdims=True).clip(1), cmap="cividis",
+                            vmin=0, vmax=100, aspect="auto")
+        axis.set_title(f"{name}: {result['top1']} % of {result['n']} clips", fontsize=10)
+        axis.set(xlabel="predicted class", ylabel="true class")
+        if len(matrix) <= 30:
+            labels = [f"{name[-40:]}  {i}" for i, name in enumerate(test.classes)]
+            axis.set_yticks(range(len(matrix)), labels, fontsize=7)
+        fig.colorbar(image, ax=axis, shrink=0.6, label="clips of the true class (%)")
     save_figure(fig, path)
 
 
@@ -610,7 +614,7 @@ def run(argv):
         content |= {"seconds": round(seconds, 1), "training": {
             "clips": len(split.clips), "classes": len(split.classes), "split": split.source}}
     if tests:
-        plot_confusion(out / "confusion.png", {name: results[name] for name in tests})
+        plot_confusion(out / "confusion.png", tests, results)
     return args, {**content, "results": results}
 
 
@@ -623,10 +627,11 @@ def refuse(args, flags, job):
 
 def without(argv, *flags):
     """A command line less some of its flags and their values."""
-    p = Parser(add_help=False, allow_abbrev=False)
-    for flag in flags:
-        p.add_argument(flag, nargs="*")
-    return p.parse_known_args(argv)[1]
+    kept, drop = [], False
+    for arg in argv:
+        drop = arg.partition("=")[0] in flags if arg.startswith("--") else drop
+        kept += [] if drop else [arg]
+    return kept
 
 
 ROWS = (  # of the ablation: name, folder, flags
