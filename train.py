@@ -206,8 +206,9 @@ def find_clips(args, saved):
             root, *lists = paths.replace("{}", number).split(",")
             _, test = data.index_frames(root, None, *lists, allow_missing=args.allow_missing,
                                         whole=True)
-            known = test.only(set(map(data.class_key, learnt))).classes
-            print(f"{key}: {len(known)} of its {len(test.classes)} classes occur in training too")
+            known = len(test.only(set(map(data.class_key, learnt))).classes)
+            if learnt:
+                print(f"{key}: {known} of its {len(test.classes)} classes occur in training too")
             tests[key] = test
     for name, test in tests.items():
         if not test.clips:
