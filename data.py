@@ -139,7 +139,8 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
     sources = [Path(path).name if path else "all clips" for path in lists]
     if not (any(lists) or whole):
         sources, splits = _split(splits[1])
-    classes = given or {key: found[key] for key in sorted(found, key=found.get)}
+    classes = given or {key: found[key] for key in sorted(
+        found, key=lambda key: (numbers.get(key, 0), found[key]))}
     position = {key: k for k, key in enumerate(classes)}
     train, test = (Split(root, list(classes.values()), [(c, position[key]) for c, key in s.items()],
                          source) for s, source in zip(splits, sources))
@@ -217,13 +218,13 @@ def _match(path, which, folders, root, allow_missing):
     for folder in folders:  # in lower case, as UCF101 writes HandstandPushups in two ways
         *above, name = folder.split("/")
         by_stem[_stem(name).lower()].append((above[::-1], name, folder))
-    classes = {parents[0] for found in by_stem.values() for parents, *_ in found if parents}
+    classes = {class_key(folder.split("/")[-2]) for folder in folders if "/" in folder}
 
-    def find(listed):
+    def find(listed, label):
         name, *above = re.split(r"[/\\]+", listed.rstrip("/\\"))[::-1]
-        there = by_stem.get(_stem(name).lower(), [])
-        if above and above[0] in classes:  # a clip of this name in another class is another clip
-            there = [clip for clip in there if clip[0][0] == above[0]]
+        there, key = by_stem.get(_stem(name).lower(), []), class_key("".join(above[:1]))
+        if key in classes or key and classes and label is None:  # elsewhere it is another clip
+            there = [clip for clip in there if class_key(clip[0][0]) == key]
         if len(there) > 1:
             fits = [(len(os.path.commonprefix([parents, above])), own == name,
                      _stem(own) == _stem(name)) for parents, own, _ in there]
@@ -232,7 +233,7 @@ def _match(path, which, folders, root, allow_missing):
 
     for where, readings in _read_list(Path(path), which):
         found = {clip: (folder, label) for listed, label in readings
-                 for clip, folder in find(listed).items()}
+                 for clip, folder in find(listed, label).items()}
         if len(found) > 1:
             raise ValueError(f"{where}: {readings[0][0]} fits all of {', '.join(found)}")
         missing += [] if found else [readings[0][0]]
@@ -263,7 +264,8 @@ def _read_list(path, which):
         raise ValueError(f"{path}: holds no lists {pattern}")
     for file in files:
         text, number = _read_text(file), 0
-        hmdb51 = re.fullmatch(r"(.+)_test_split\d\.txt", file.name)
+        hmdb51 = re.fullmatch(r"(.+)_test_split\d\.txt", file.name) if all(
+            line.split()[-1] in {"0", "1", "2"} for line in text.split("\n") if line.strip()) else None
         rows = (_something_something(text) if re.match(r"\s*\[\s*\{", text) else
                 _kinetics(text) if "youtube_id" in text.partition("\n")[0] else
                 _hmdb51(text, hmdb51[1], which) if hmdb51 else _lines(text))
@@ -290,8 +292,8 @@ def _kinetics(text):
 
 def _hmdb51(text, name, which):
     for number, line in enumerate(map(str.strip, text.split("\n")), 1):
-        used = line and {"0": None, "1": 0, "2": 1}[line[-1]]
-        yield number, line and used == which and [(line[:-1].strip(), name)]
+        used = line.endswith("12"[which])
+        yield number, used and [(f"{name}/{line[:-1].strip()}", None)]
 
 
 def _lines(text):

@@ -738,6 +738,7 @@ FILES = {  # lists and classes as the data sets and the other codes have them
     "h/brush_hair_test_split1.txt": "#1 Brush_(a).avi 1 \nb.avi 2 \nc.avi 0 \n",
     "h/brush_hair_test_split2.txt": "#1 Brush_(a).avi 2 \nb.avi 1 \n",
     "h/wave_test_split1.txt": "d.avi 2\n", "h/wave_test_split2.txt": "d.avi 2\n",
+    "vifi_test_split1.txt": "b.avi 4\nwave/d.avi 11\n", "vifi.csv": "4,Brush hair\n11,Wave\n",
     "kinetics.csv": "label,youtube_id,time_start,time_end,split\n"
                     "air drumming,-3CAKE,4,14,validate\n"
                     '"petting animal (not cat)",a_B,100,110,validate\n',
@@ -760,7 +761,8 @@ KINETICS = ["air_drumming/-3CAKE_000004_000014", "petting_animal_not_cat/a_B_000
     (UCF, "mmaction.txt", "mmaction_map.txt", ["Archery", "PullUps", "HandstandPushups"],
      {0: 0, 2: 1}),
     (UCF, "mmaction.txt", None, ["Archery", "PullUps"], {0: 0, 2: 1}),
-    (UCF, "other_order.txt", None, UCF_NAMES, {0: 0, 1: 1, 2: 2}),
+    (UCF, "other_order.txt", None, ["PullUps", "Archery", "HandstandPushups"],
+     {0: 1, 1: 2, 2: 0}),
     (UCF, "vifi.txt", "official.csv", ["Archery", "PullUps", "HandstandPushups"], {0: 0, 2: 1}),
     (UCF, "trainlist01.txt", "classInd.txt", UCF_NAMES, {0: 0, 1: 1, 2: 2}),
     (UCF, "trainlist01.txt", None, UCF_NAMES, {0: 0, 1: 1, 2: 2}),
@@ -768,6 +770,7 @@ KINETICS = ["air_drumming/-3CAKE_000004_000014", "petting_animal_not_cat/a_B_000
     (UCF, "testlist01.txt", None, UCF_NAMES, {0: 0, 1: 1, 2: 2}),
     (HMDB, "h", None, ["brush_hair", "wave"], {1: 0, 3: 1}),
     (HMDB, "h/*_test_split2.txt", None, ["brush_hair", "wave"], {0: 0, 3: 1}),
+    (HMDB, "vifi_test_split1.txt", "vifi.csv", ["Brush hair", "Wave"], {1: 0, 3: 1}),
     (KINETICS, "kinetics.csv", None, ["air drumming", "petting animal (not cat)"], {0: 0, 1: 1}),
     (["x/78687", "x/42.webm"], "ssv2.json", "labels.json",
      ["Holding something next to something", "Moving something up", "Opening something"],
@@ -804,17 +807,19 @@ def test_lists_of_clips_with_odd_names(tmp_path):
 
 @pytest.mark.parametrize("line, word", [
     ("Archery/clip9 5 0", "{path}: 1 of 2 clips have no folder below .*frames: Archery/clip9; --a"),
+    ("Zumba/clip2", "1 of 2 clips have no folder"), ("clip2", "clip2 fits all of"),
     ("Archery/clip1 5 x", "no folder.*: Archery/clip1 5 x"),
     ("Archery/clip1 5 -1", "no folder.*: Archery/clip1 5 -1"),
     ("clip1 5 0", "{path}:2: clip1 fits all of Archery/clip1, Baby"),
     ("Archery/clip1 5 2", "{path}:2: label 2 is not Archery in all lines"),
     ("\nBabyCrawling/clip1 5 0", "{path}:3: label 0 is not BabyCrawling in all lines"),
-    ("Archery/clip0", None)])
+    ("Archery/clip0", ""), ("baby crawling/clip1 3", "BabyCrawling/clip1")])
 def test_bad_list_lines_are_named(tmp_path, line, word):
     root, path = frames_folder(tmp_path / "frames", clips=3), tmp_path / "list.txt"
     path.write_text(f"Archery/clip0 5 0\n{line}\n")
-    if word is None:  # named twice, and alike
-        assert data.index_frames(root, path)[0].clips == [("Archery/clip0", 0)]
+    if " " not in word:  # what is added by a line that is not bad
+        clips = [clip for clip, _ in data.index_frames(root, path)[0].clips]
+        assert clips == ["Archery/clip0", *word.split()]
         return
     with pytest.raises(ValueError, match=word.format(path=path)):
         data.index_frames(root, path)
@@ -824,7 +829,7 @@ def test_bad_list_lines_are_named(tmp_path, line, word):
     ("a.json", '[{"id": 1', ":1: is no entry"), ("a.json", '[{"name": 1}]', ":1: is no entry.*id"),
     ("a.csv", "label,youtube_id,time_start\nx,y,1\n", ":2: is no entry.*time_end"),
     ("a.csv", "label,youtube_id,time_start,time_end\nx,y,1,2\nx,y,z,2\n", ":3: is no entry"),
-    ("a_test_split1.txt", "clip0.avi 0\nclip1.avi 3\n", ":2: is no entry"),
+    ("a_test_split1.txt", "clip0.avi 1\nclip1.avi 3\n", ":1: clip0.avi fits all of"),
     ("*_split1.txt", None, "holds no lists"), ("", None, "holds no lists"),
     ("a.txt", "\n", "names no clips"), ("a.txt", "\xff", "is not UTF-8")])
 def test_broken_lists_are_named(tmp_path, name, text, word):
