@@ -214,40 +214,45 @@ def _stem(name):
 
 def _match(path, which, folders, root, allow_missing):
     """Yield (where, clip, its class folder or else that of the list's path, label) per entry."""
-    by_stem, missing, total = defaultdict(list), [], 0
+    by_stem, missing = defaultdict(list), []
     for folder in folders:  # in lower case, as UCF101 writes HandstandPushups in two ways
         *above, name = folder.split("/")
         by_stem[_stem(name).lower()].append((above[::-1], name, folder))
     classes = {class_key(folder.split("/")[-2]) for folder in folders if "/" in folder}
+    entries = [(where, [(re.split(r"[/\\]+", listed.rstrip("/\\"))[::-1], label)
+                        for listed, label in readings])
+               for where, readings in _read_list(Path(path), which)]
+    in_classes = any(class_key(parts[1]) in classes for _, readings in entries
+                     for parts, _ in readings if len(parts) > 1)
 
-    def find(listed, label):
-        name, *above = re.split(r"[/\\]+", listed.rstrip("/\\"))[::-1]
-        there, key = by_stem.get(_stem(name).lower(), []), class_key("".join(above[:1]))
-        if key in classes or key and classes and label is None:  # elsewhere it is another clip
-            there = [clip for clip in there if class_key(clip[0][0]) == key]
+    def find(name, *above):
+        there = by_stem.get(_stem(name).lower(), [])
+        if above and in_classes:  # one of this name in another class is another clip
+            there = [clip for clip in there if class_key(clip[0][0]) == class_key(above[0])]
         if len(there) > 1:
-            fits = [(len(os.path.commonprefix([parents, above])), own == name,
+            fits = [(len(os.path.commonprefix([parents, [*above]])), own == name,
                      _stem(own) == _stem(name)) for parents, own, _ in there]
             there = [clip for clip, fit in zip(there, fits) if fit == max(fits)]
         return {folder: next(iter(parents or above), None) for parents, _, folder in there}
 
-    for where, readings in _read_list(Path(path), which):
-        found = {clip: (folder, label) for listed, label in readings
-                 for clip, folder in find(listed, label).items()}
+    for where, readings in entries:
+        found = {clip: (folder, label) for parts, label in readings
+                 for clip, folder in find(*parts).items()}
+        listed = "/".join(readings[0][0][::-1])
         if len(found) > 1:
-            raise ValueError(f"{where}: {readings[0][0]} fits all of {', '.join(found)}")
-        missing += [] if found else [readings[0][0]]
-        total += 1
+            raise ValueError(f"{where}: {listed} fits all of {', '.join(found)}")
+        missing += [] if found else [listed]
         for clip, (folder, label) in found.items():
             yield where, clip, folder, label
-    if not total:
+    if not entries:
         raise ValueError(f"{path}: names no clips")
     if missing:
-        problem = (f"{path}: {len(missing)} of {total} clips have no folder below {root}: "
+        problem = (f"{path}: {len(missing)} of {len(entries)} clips have no folder below {root}: "
                    + ", ".join(missing[:10] + ["..."] * (len(missing) > 10)))
-        if not allow_missing or len(missing) == total:
+        if not allow_missing or len(missing) == len(entries):
             raise ValueError(problem + "; --allow-missing leaves them out")
-        print(f"warning: {problem}", file=sys.stderr)
+        print(f"warning: {problem}; of classes that are left without clips only those in --labels "
+              "count", file=sys.stderr)
 
 
 # ---- lists and classes as users have them ----
@@ -332,7 +337,7 @@ def read_classes(path):
         if len(cells) < 2 or not cells[0].isdecimal() or not cells[1]:
             raise ValueError(f"{path}:{line}: expected id,name and not {','.join(row)!r}")
         entry = int(cells[0]), cells[1], "".join(cells[2:3])
-        if ids.setdefault(entry[0], entry) != entry:
+        if ids.setdefault(entry[0], entry) != entry and not entry[2]:  # K600's texts are all 0
             raise ValueError(f"{path}:{line}: id {entry[0]} has another name already")
         if classes.setdefault(class_key(entry[1]), entry) != entry:
             raise ValueError(f"{path}:{line}: {entry[1]} has another id or text already")

@@ -807,7 +807,7 @@ def test_lists_of_clips_with_odd_names(tmp_path):
 
 @pytest.mark.parametrize("line, word", [
     ("Archery/clip9 5 0", "{path}: 1 of 2 clips have no folder below .*frames: Archery/clip9; --a"),
-    ("Zumba/clip2", "1 of 2 clips have no folder"), ("clip2", "clip2 fits all of"),
+    ("Zumba/clip2 5 1", "1 of 2 clips have no folder"), ("clip2", "clip2 fits all of"),
     ("Archery/clip1 5 x", "no folder.*: Archery/clip1 5 x"),
     ("Archery/clip1 5 -1", "no folder.*: Archery/clip1 5 -1"),
     ("clip1 5 0", "{path}:2: clip1 fits all of Archery/clip1, Baby"),
@@ -877,6 +877,8 @@ def test_classes_with_descriptions(tmp_path):
     path.write_text('SNo,Class Name,GPT3 discription\r\n0,Archery,"\n\n' + said
                     + '"\r\n1,BabyCrawling,"\n\nA baby moves."\r\n', "utf-8", newline="")
     assert data.read_classes(path) == [(0, "Archery", said), (1, "BabyCrawling", "A baby moves.")]
+    path.write_text(path.read_text("utf-8").replace("1,Baby", "0,Baby"), "utf-8")
+    assert [entry[:2] for entry in data.read_classes(path)] == [(0, "Archery"), (0, "BabyCrawling")]
     path.write_text(json.dumps({"0": "Brush hair: A person is.", "1": "Cartwheel: A: b"}))
     assert data.read_classes(path) == [(0, "Brush hair", "Brush hair: A person is."),
                                        (1, "Cartwheel", "Cartwheel: A: b")]
@@ -1232,7 +1234,7 @@ def test_base_to_novel_trains_on_the_frequent_half(tmp_path, capsys):
         find(files[0])
 
 
-def test_zero_shot_on_other_data_sets(world, tmp_path, monkeypatch):
+def test_zero_shot_on_other_data_sets(world, tmp_path, monkeypatch, capsys):
     """With `{}` splits 1 to 3 and their mean; on a trained run and without training or --data."""
     monkeypatch.chdir(tmp_path)
     frames_folder(tmp_path / "other", ("clap", "Zumba"), clips=4)
@@ -1251,6 +1253,9 @@ def test_zero_shot_on_other_data_sets(world, tmp_path, monkeypatch):
     assert mean["top1"] == round(statistics.mean(top1), 2) and mean["n"] == [3, 4, 5]
     assert mean["top1_std"] == round(statistics.stdev(top1), 2)
     alone = train.run(["--checkpoint", "run/last.pt", "--eval-only", *sets, "--workers", "0"])
+    Path("names.csv").write_text("Archery\nBabyCrawling\nClap\nZumba\n")  # the last: no clips
+    train.run([*world.common, *sets[:2], "--labels", "names.csv", "--out", "more"])
+    assert "all: 1 of its 2 classes occur in training too" in capsys.readouterr().out
     assert {**alone["results"], "frames": results["frames"]} == results
     assert Path("runs/zero-shot/confusion.png").stat().st_size > 10000
 
@@ -1385,6 +1390,7 @@ def mistakes(tmp_path):
     ("--eval-data x", "'x' is not NAME=DIR[,LIST]"),
     ("--eval-data x=frames,", "'x=frames,' is not NAME=DIR"),
     ("--eval-data frames=frames", "frames is another test set already"),
+    ("--eval-data frames=frames,{}.txt", "frames is another test set already"),
     ("--base-to-novel --shots 9", "training clips"),
     ("--seed 1 2 1", "--seed has a number twice"),
     ("--ablate --prompts none", "--ablate has its own --prompts"),

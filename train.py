@@ -105,7 +105,7 @@ def parser():
     flag("--out", help="folder of the run (runs/<data>, with a counter when taken)")
     flag("--resume", action="store_true", help="continue the run in --out")
     flag("--checkpoint", help="weights to start from: a last.pt or one of the official code; "
-         "{} stands for the seed")
+         "of several --seed {} stands for each")
     flag("--eval-only", action="store_true", help="do not train")
     flag("--eval-every", type=at_least(1), help="epochs between evaluations (only at the end)")
     flag("--shuffle-frames", action="store_true", help="a control: test clips in random order")
@@ -196,13 +196,15 @@ def find_clips(args, saved):
         shots = 16 if shots is None else shots
     if shots and not args.eval_only:
         train = train.shots(shots, args.seed)
+    if train:  # a class without clips is not learnt
+        train = train.only({data.class_key(train.classes[k]) for _, k in train.clips})
     learnt = train.classes if not args.eval_only else saved["classes"] if saved else []
     for text in args.eval_data or ():
         name, _, paths = text.partition("=")
+        if {name, f"{name} split 1"} & {*tests, "harmonic_mean"}:
+            raise ValueError(f"--eval-data {text}: {name} is another test set already")
         for number in "123" if "{}" in paths else [""]:
             key = f"{name} split {number}" if number else name
-            if key in tests:
-                raise ValueError(f"--eval-data {text}: {name} is another test set already")
             root, *lists = paths.replace("{}", number).split(",")
             _, test = data.index_frames(root, None, *lists, allow_missing=args.allow_missing,
                                         whole=True)
