@@ -43,6 +43,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -74,6 +75,7 @@ class Config:
     drop_path: float = 0.1
     attention_dropout: float = 0.1
     prompt_dropout: float = 0.1
+    recompute: bool = False         # each block again in the backward pass: less memory, more time
 
     def __post_init__(self):
         allowed = {"activation": ("quick_gelu", "gelu"), "prompts": ("deep", "shallow", "none")}
@@ -90,10 +92,13 @@ class Config:
 
 
 class QuickGELU(nn.Module):
-    """x * sigmoid(1.702 x), the activation of OpenAI's weights."""
+    """x * sigmoid(1.702 x), the activation of OpenAI's weights; x is overwritten.
+
+    As silu(1.702 x) / 1.702 it keeps one tensor of this largest size for the backward pass, not two.
+    """
 
     def forward(self, x):
-        return x * torch.sigmoid(1.702 * x)
+        return F.silu(x.mul_(1.702), inplace=not torch.is_grad_enabled()).div_(1.702)
 
 
 class Attention(nn.Module):
@@ -107,14 +112,44 @@ class Attention(nn.Module):
         self.out_proj = nn.Linear(width, width)
         self.dropout, self.causal = dropout, causal
 
-    def forward(self, x, queries=None):
-        """(N, L, D) -> (N, queries, D): only the first `queries` tokens (default: all) ask."""
+    def forward(self, x, context=None, only=None):
+        """(N, L, D) -> (N, L, D): every token of x asks x, and `context` (N, C, D) where there is
+        one. With `only`, a position in each sequence, -> (N, 1, D): only that token asks."""
         N, L, D = x.shape
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias).view(N, L, 3, self.heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (N, H, L, D/H)
-        x = F.scaled_dot_product_attention(q[:, :, :queries], k, v, is_causal=self.causal,
-                                           dropout_p=self.dropout if self.training else 0.0)
+        weight, bias, dropout = self.in_proj_weight, self.in_proj_bias, self.dropout
+        rows, mask = torch.arange(N, device=x.device), None
+        q = F.linear(x if only is None else x[rows, only].unsqueeze(1), weight[:D], bias[:D])
+        kv = F.linear(x, weight[D:], bias[D:])
+        if context is not None:
+            kv = torch.cat([kv, F.linear(context, weight[D:], bias[D:])], 1)  # (N, L+C, 2D)
+        q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+                   for y in (q, *kv.chunk(2, -1)))  # (N, H, L, D/H), (N, H, L+C, D/H) twice
+        if self.causal and only is not None:
+            mask = torch.arange(L, device=x.device) <= only.view(N, 1, 1, 1)
+        if self.training and dropout and x.device.type == "cpu" and not self.causal:
+            n = max(1, 2**19 // (self.heads * L * L))  # sequences whose weights fit into a cache
+            x = torch.cat([recomputed(_attend, *part, dropout)
+                           for part in zip(q.split(n), k.split(n), v.split(n))])
+        else:
+            x = F.scaled_dot_product_attention(
+                q, k, v, mask, dropout if self.training else 0.0,
+                is_causal=self.causal and only is None)
         return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+def _attend(q, k, v, dropout):
+    """Attention with dropout for CPUs, where torch's takes longer and keeps the weights thrice."""
+    weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (N, H, L, L+C)
+    bits = torch.empty(weights.numel() // 4 + 1, dtype=torch.long).random_(-2**63, None)
+    bits = bits.view(torch.int16)[:weights.numel()].view_as(weights)  # four draws in one
+    return weights * (bits >= round(2**16 * dropout) - 2**15) @ (v / (1 - dropout))
+
+
+def recomputed(function, *args):
+    """function(*args), of which the backward pass gets the arguments and computes the rest anew."""
+    if not torch.is_grad_enabled():
+        return function(*args)
+    return checkpoint(function, *args, use_reentrant=False)
 
 
 class Adapter(nn.Module):
@@ -153,23 +188,29 @@ class Block(nn.Module):
         keep = x.new_empty(num_clips, 1).bernoulli_(1 - self.drop_rate) / (1 - self.drop_rate)
         return (x.reshape(num_clips, -1) * keep).view_as(x)
 
-    def forward(self, x, num_frames, prompt=None):
-        """x: (B*T, L, D), the frames of a video adjacent (texts: T = 1); prompt: (T, D) or None."""
+    def forward(self, x, num_frames, prompt=None, only=None):
+        """x: (B*T, L, D), the frames of a video adjacent (texts: T = 1); prompt: (T, D) or None.
+        Returns as much, or (B*T, 1, D) of the tokens at the positions `only`."""
         (BT, L, D), T = x.shape, num_frames
         B = BT // T
         if self.temporal_adapter is not None:
             y = x.view(B, T, L, D).transpose(1, 2).reshape(B * L, T, D)
             y = self.temporal_adapter(self.attn(self.ln_1(y))).view(B, L, T, D)
             x = x + self.drop_path(y.transpose(1, 2).reshape(BT, L, D), B)
-        tokens = x
+        z = None
         if prompt is not None:  # one more token per frame, which has seen the other frames
             z = prompt + x.mean(1).view(B, T, D)
-            z = self.drop_path(self.attn(self.ln_1(z)), B)
-            tokens = torch.cat([x, z.view(BT, 1, D)], dim=1)  # (B*T, L+1, D)
-        x = x + self.drop_path(self.attn(self.ln_1(tokens), queries=L), B)  # (B*T, L, D)
-        if self.adapter is not None:
-            x = x + self.adapter(x)
-        return x + self.drop_path(self.mlp(self.ln_2(x)), B)
+            z = self.ln_1(self.drop_path(self.attn(self.ln_1(z)), B).view(BT, 1, D))
+        y = self.attn(self.ln_1(x), z, only)
+        x = x if only is None else x[torch.arange(BT, device=x.device), only].unsqueeze(1)
+        x = x + self.drop_path(y, B)  # (B*T, L, D); L = 1 with `only`
+        x, y = recomputed(self.adapt, x)
+        return x + self.drop_path(self.mlp(y).view_as(x), B)
+
+    def adapt(self, x):
+        """-> x after the adapter, and the MLP's input, whose rows are those of all sequences."""
+        x = x if self.adapter is None else x + self.adapter(x)
+        return x, self.ln_2(x).flatten(0, 1)
 
 
 class Transformer(nn.Module):
@@ -183,15 +224,19 @@ class Transformer(nn.Module):
         v = math.sqrt(6 / (3 * 16 * 16 + width))
         temporal_prompts = torch.empty(rows, config.num_frames, width).uniform_(-v, v)
         self.temporal_prompts = nn.Parameter(temporal_prompts) if rows else None
-        self.prompt_dropout = config.prompt_dropout
+        self.prompt_dropout, self.recompute = config.prompt_dropout, config.recompute
 
-    def forward(self, x, num_frames=1):
+    def forward(self, x, only, num_frames=1):
+        """(B*T, L, D) -> (B*T, D): the tokens at the positions `only`, which are all that the last
+        block computes after its attention."""
         prompts = ()
         if self.temporal_prompts is not None:
             prompts = F.dropout(self.temporal_prompts, self.prompt_dropout, self.training)
+        last = self.resblocks[-1]
         for block, prompt in zip_longest(self.resblocks, prompts):
-            x = block(x, num_frames, prompt)
-        return x
+            args = x, num_frames, prompt, only if block is last else None
+            x = recomputed(block, *args) if self.recompute else block(*args)
+        return x[:, 0]
 
 
 class VisionTransformer(nn.Module):
@@ -212,8 +257,8 @@ class VisionTransformer(nn.Module):
         x = self.conv1(frames).flatten(2).transpose(1, 2)  # (B*T, L-1, D)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = self.ln_pre(x + self.positional_embedding)  # (B*T, L, D)
-        x = self.transformer(x, num_frames)
-        return self.ln_post(x[:, 0]) @ self.proj
+        x = self.transformer(x, x.new_zeros(len(x), dtype=torch.long), num_frames)
+        return self.ln_post(x) @ self.proj
 
 
 class EZCLIP(nn.Module):
@@ -282,8 +327,7 @@ class EZCLIP(nn.Module):
             raise ValueError(f"a text of {tokens.shape[1]} tokens is longer than "
                              f"context_length {self.config.context_length}")
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        x = self.ln_final(self.transformer(x))  # (N, L, D)
-        return x[torch.arange(len(x), device=x.device), end] @ self.text_projection
+        return self.ln_final(self.transformer(x, end)) @ self.text_projection
 
     def similarity(self, video_features, text_features):
         """Logits exp(logit_scale) * cosine, always in fp32: (B, E), (N, E) -> (B, N)."""

@@ -242,6 +242,74 @@ def test_videos_of_a_batch_do_not_see_each_other(settings):
     near(model.encode_text(tokens), torch.cat([model.encode_text(t[None]) for t in tokens]))
 
 
+def noise_videos():
+    return torch.randint(256, (3, 4, 3, 32, 32), dtype=torch.uint8,
+                         generator=torch.Generator().manual_seed(0))
+
+
+def loss_and_gradients(model):
+    """Of one step on fixed data, with the same random draws whenever it is called."""
+    model.freeze_backbone()
+    (_, tokens), video = golden_inputs(3, 4), noise_videos()
+    torch.manual_seed(1)
+    frames = model.encode_frames(video)
+    logits = model.similarity(frames.mean(1), model.encode_text(tokens))
+    loss = contrastive_loss(logits, torch.tensor([0, 1, 2])) + motion_loss(frames)
+    model.zero_grad()
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in train.trained(model).items()}
+
+
+def randomised(model):
+    for p in train.trained(model).values():
+        nn.init.normal_(p, std=0.1)
+    return model
+
+
+def test_savings_are_exact():
+    """Equal to the naive model of the benchmarks, in the outputs and in every gradient."""
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    from naive import Naive
+    model = small(drop_path=0.0, attention_dropout=0.0, prompt_dropout=0.0)
+    model.freeze_backbone()
+    naive = Naive(randomised(model))
+    (_, tokens), video = golden_inputs(3, 4), noise_videos()
+    near(model.encode_frames(video), naive.encode_frames(video))
+    near(model.encode_text(tokens), naive.encode_text(tokens))
+    (loss, ours), (expected, theirs) = map(loss_and_gradients, (model.train(), naive.train()))
+    near(loss, expected)
+    assert ours.keys() == theirs.keys()
+    for name, gradient in ours.items():
+        near(gradient, theirs[name], 1e-4 * theirs[name].abs().max())
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(prompts="none", temporal_adapter=True)])
+def test_recomputing_changes_nothing(settings, monkeypatch):
+    """What is dropped at random in the forward pass is dropped in the backward pass again."""
+    rates = dict(drop_path=0.3, attention_dropout=0.3, prompt_dropout=0.3)
+    runs = [loss_and_gradients(randomised(small(**rates, **settings, recompute=r)).train())
+            for r in (False, True)]
+    monkeypatch.setattr(ezclip, "recomputed", lambda function, *args: function(*args))
+    runs.append(loss_and_gradients(randomised(small(**rates, **settings)).train()))
+    for loss, gradients in runs[:2]:
+        assert loss == runs[2][0]
+        for name, gradient in gradients.items():
+            near(gradient, runs[2][1][name], 0)
+
+
+def test_attention_with_dropout():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 5, 2, 7, 16)
+    near(ezclip._attend(q, k, v, 0.0), nn.functional.scaled_dot_product_attention(q, k, v))
+    one = torch.eye(200).expand(40, 1, 200, 200)  # so that the result is the weights
+    weights = ezclip._attend(torch.zeros(40, 1, 200, 64), torch.zeros(40, 1, 200, 64), one, 0.1)
+    near(weights[weights > 0], torch.full_like(weights[weights > 0], 1 / 200 / 0.9), 1e-7)
+    dropped = (weights == 0).float()
+    assert dropped.mean() == pytest.approx(0.1, abs=1e-3)  # five standard deviations
+    assert abs(torch.corrcoef(torch.stack([dropped[..., i::4].flatten() for i in range(4)]))
+               - torch.eye(4)).max() < 0.01  # four come of one draw
+
+
 def test_uint8_is_normalised_by_the_model():
     video = torch.randint(256, (1, 4, 3, 32, 32), dtype=torch.uint8)
     normalised = v2.functional.normalize(video / 255, list(ezclip.CLIP_MEAN), list(ezclip.CLIP_STD))
@@ -627,6 +695,19 @@ def test_evaluation_crop_is_resize_and_centre_crop(size):
     short = v2.functional.resize(image, 56 * 256 // 224, v2.InterpolationMode.BICUBIC)
     expected = np.asarray(v2.functional.center_crop(short, 56)).astype(int)
     assert abs(data.crop_frame(image, 56) - expected).max() <= 1
+
+
+def test_large_jpegs_are_decoded_at_a_smaller_size(tmp_path):
+    y, x = np.mgrid[:1080, :1918] / 100
+    waves = np.stack([np.sin(x + y), np.cos(x * y), np.sin(y) * np.cos(3 * x)], -1) * 100 + 128
+    Image.fromarray(waves.astype(np.uint8)).save(tmp_path / "a.jpg", quality=95)
+    whole = data.read_frame(tmp_path / "a.jpg")
+    for crop, scale in ((None, 4), (((0.66, 0.75), (4, 2)), 2), (((1, 1), (0, 0)), 4)):
+        expected = data.crop_frame(whole, 224, crop).astype(int)
+        with Image.open(tmp_path / "a.jpg") as image:
+            near(data.crop_frame(image, 224, crop).astype(int), expected, 12)
+            assert image.size == (-(-1918 // scale), 1080 // scale)
+        assert abs(data.read_frame(tmp_path / "a.jpg", 224, crop) - expected).mean() < 1
 
 
 def test_multi_scale_crops():

@@ -111,6 +111,9 @@ def parser():
     flag("--shuffle-frames", action="store_true", help="a control: test clips in random order")
     flag("--workers", type=at_least(0), default=min(8, os.cpu_count()),
          help="processes that load clips (%(default)s)")
+    flag("--compile", action="store_true", help="let torch.compile speed the model up")
+    flag("--recompute", action="store_true",
+         help="compute each block again in the backward pass: less memory, more time")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     flag("--device", type=usable_device, default="cuda" if cuda else "mps" if mps else "cpu",
          help="cuda, cuda:1, mps or cpu (%(default)s)")
@@ -123,7 +126,7 @@ SAVE_SECONDS = 600  # between checkpoints within an epoch
 
 # Flags of the machine, which a checkpoint does not bring along; and those that may differ when a
 # run is resumed: its result does not depend on them, or what they name is compared by content.
-HERE = ("out", "resume", "workers", "device")
+HERE = ("out", "resume", "workers", "device", "compile", "recompute")
 FREE = ("eval_every", "eval_data", "data", "train_list", "test_list", "labels", "allow_missing",
         "base_to_novel", "descriptions", "templates", "clip", "checkpoint")
 # Flags that describe the model: a checkpoint of ours brings them along.
@@ -241,8 +244,8 @@ def build_model(args, saved, path):
     if args.eval_only and not args.checkpoint and not args.prompts:
         print("no --checkpoint: this evaluates plain CLIP, without prompts and adapters")
         args.prompts, args.no_adapters = "none", True
-    given = {"activation": args.activation}  # what no flag says, the file may
-    given |= {"prompts": args.prompts} if args.prompts else {}
+    given = {"activation": args.activation, "recompute": args.recompute}
+    given |= {"prompts": args.prompts} if args.prompts else {}  # what no flag says, a file may
     given |= {"adapters": False} if args.no_adapters else {}
     given |= {"temporal_adapter": True} if args.temporal_adapter else {}
     torch.manual_seed(args.seed)  # of the new modules
@@ -262,6 +265,8 @@ def build_model(args, saved, path):
         if wrong:
             raise ValueError(f"{path}: does not fit a model of these flags: {wrong[0]}")
         model.load_state_dict({**model.state_dict(), **saved["state_dict"]})
+    for tower in (model.visual, model.transformer) if args.compile else ():
+        tower.compile()
     args.num_frames, args.prompts = model.config.num_frames, model.config.prompts
     return model.to(args.device)
 
@@ -441,8 +446,10 @@ def train(model, split, tests, args, saved):
     steps = batches(len(clips), args.batch_size, step, total, args.seed)
     stream = data.loader(dataset, steps, args.workers, pin_memory=device.type == "cuda")
     bar = tqdm(stream, "train", total, initial=step, unit="step", disable=None)
-    clock = saved_at = drawn_at = time.monotonic()
+    began = clock = saved_at = drawn_at = time.monotonic()
+    waited = 0.0
     for videos, labels, indices in bar:
+        waited += time.monotonic() - clock
         model.train()
         torch.manual_seed(np.random.SeedSequence((args.seed, step)).generate_state(1).item())
         rate = ((step + 1) / warmup if step + 1 < warmup else
@@ -471,7 +478,8 @@ def train(model, split, tests, args, saved):
         now = time.monotonic()
         seconds, clock = seconds + now - clock, now
         bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {args.lr * rate:.1e}, "
-                            f"{len(labels) * (bar.format_dict['rate'] or 0):.1f} clips/s", False)
+                            f"{len(labels) * (bar.format_dict['rate'] or 0):.1f} clips/s, "
+                            f"{100 * waited / (now - began):.0f} % waiting for clips", False)
         if step % per_epoch == 0:
             spent = seconds - sum(row["seconds"] for row in rows)
             row = {"epoch": step // per_epoch, "lr": args.lr * rate, "seconds": spent,
