@@ -35,17 +35,17 @@ SIZES = {  # of Config
     "ViT-B/16": dict(),
     "ViT-L/14": dict(patch_size=14, vision_width=1024, vision_layers=24, embed_dim=768,
                      text_width=768)}
-TEXTS, CLASSES = 16, 400  # templates
+TEXTS, LONGEST = 512, 16  # what evaluation encodes at once; tokens of the longest of them
 
 
 # ---- what is run ----
 
-def tokens(count, length=9):
-    """Texts (count, 77) that end after `length` tokens."""
-    ids = torch.zeros(count, 77, dtype=torch.long)
-    ids[:, :length] = torch.randint(1, 40000, (count, length))
-    ids[:, length - 1] = 49407
-    return ids
+def tokens(count):
+    """Texts (count, 77) that end after 8 to LONGEST tokens, like class names in templates."""
+    ids = torch.randint(1, 40000, (count, 77))
+    end = torch.randint(7, LONGEST, (count, 1))
+    end[0] = LONGEST - 1
+    return ids.masked_fill_(torch.arange(77) > end, 0).scatter_(1, end, 49407)
 
 
 def openai(config):
@@ -90,10 +90,9 @@ def prepared(who, what, name, T, args, batch=None):
         model.visual.compile()
         model.transformer.compile()
     video = torch.randint(256, (B, T, 3, 224, 224), dtype=torch.uint8, device=device)
-    texts = tokens(B if what == "step" else TEXTS * CLASSES).to(device)
+    texts = tokens(B if what == "step" else TEXTS).to(device)
     if what == "encode_text":
-        def work():
-            return [model.encode_text(part) for part in texts.split(512)]
+        work = partial(model.encode_text, texts)
     elif what == "encode_video" and build is not EZCLIP:
         frames = torch.randn(B * T, 3, 224, 224, device=device)  # no prompts, no uint8 to convert
         work = partial(model.encode_image, frames) if who == "openai" else partial(
@@ -145,10 +144,10 @@ def tower(D, layers, N, L, T, end):
     yield 1, N, D, end, 1
 
 
-def products(what, c, B, T, length=9):
+def products(what, c, B, T, length=LONGEST):
     """The products of a piece of work; their FLOPs are sum(2 * count * m * k * n * (1 + back))."""
     patches = (c.image_size // c.patch_size) ** 2
-    texts = B if what == "step" else TEXTS * CLASSES
+    texts = B if what == "step" else TEXTS
     if what != "encode_text":
         yield 1, B * T * patches, 3 * c.patch_size**2, c.vision_width, 0
         yield from tower(c.vision_width, c.vision_layers, B * T, patches + 1, T, c.embed_dim)
@@ -194,7 +193,7 @@ def memory(who, what, name, T, args):
     child = [sys.executable, __file__, "--child", who, "--only", what, "--models", name,
              "--num-frames", str(T), "--batch", str(args.batch), "--device", args.device,
              "--threads", str(args.threads), *["--compile"] * args.compile]
-    result = subprocess.run(child, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "1000000"},
+    result = subprocess.run(child, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
                             capture_output=True, text=True)
     return float(result.stdout) if not result.returncode else None
 
@@ -225,7 +224,7 @@ def compare(what, name, T, args, peak):
     forward = multiply(shapes, args.device) if not training else None
     seconds = timed({**works, **({"products": forward} if forward else {})}, args.repeats,
                     args.device)
-    count = TEXTS * CLASSES if what == "encode_text" else args.batch
+    count = TEXTS if what == "encode_text" else args.batch
     rows = []
     for who, s in seconds.items():
         ours = who in ("ours", "recompute", "products")  # others take other products
