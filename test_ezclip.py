@@ -26,6 +26,8 @@ import pytest
 import torch
 from PIL import Image
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from torchvision.transforms import v2
 
 import clip_tokenizer
@@ -295,6 +297,23 @@ def test_recomputing_changes_nothing(settings, monkeypatch):
         assert loss == runs[2][0]
         for name, gradient in gradients.items():
             near(gradient, runs[2][1][name], 0)
+
+
+@pytest.mark.parametrize("what", ["encode_video", "encode_text", "step"])
+def test_counted_flops_are_those_of_the_model(what, monkeypatch):
+    sys.path.insert(0, str(HERE / "benchmarks"))
+    import speed
+    monkeypatch.setattr(ezclip, "recomputed", lambda function, *args: function(*args))
+    monkeypatch.setattr(speed, "TEXTS", 3)
+    model, (_, tokens), video = small(), golden_inputs(3, 4), noise_videos()
+    model.freeze_backbone() if what == "step" else model.requires_grad_(False)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        frames = model.encode_frames(video) if what != "encode_text" else torch.zeros(3, 4, 32)
+        texts = model.encode_text(tokens) if what != "encode_video" else torch.zeros(3, 32)
+        if what == "step":
+            (frames.sum() + texts.sum()).backward()
+    shapes = speed.products(what, model.config, 3, 4, length=int(tokens.argmax(-1).max()) + 1)
+    assert counter.get_total_flops() == speed.flops(shapes, what == "step")
 
 
 def test_attention_with_dropout():

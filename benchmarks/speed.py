@@ -128,18 +128,19 @@ def tower(D, layers, N, L, T, end):
 
     N sequences of L tokens, T frames each video (0: no prompts); D -> `end` at last. A product with
     frozen weights is done once more backwards, of two activations or with trainable weights twice
-    more; the first layer's projections have nothing behind them that learns.
+    more, but for what has nothing behind it that learns.
     """
     H = D // 64
     for i in range(layers):
         A = 1 if i == layers - 1 else L  # tokens that go on
+        learns = i > 0 or T > 0
         if T:  # the prompt tokens: attention over frames, then keys and values for the frame
             yield from [(1, N, D, 3 * D, 1), (N // T * H, T, 64, T, 2), (N // T * H, T, T, 64, 2),
                         (1, N, D, D, 1), (1, N, D, 2 * D, 1)]
         yield from [(1, N * A, D, D, i > 0), (1, N * L, D, 2 * D, i > 0),
-                    (N * H, A, 64, L + bool(T), 2), (N * H, A, L + bool(T), 64, 2),
-                    (1, N * A, D, D, i > 0 or T > 0),
-                    (1, N * A, D, D // 4, 2), (1, N * A, D // 4, D, 2),
+                    (N * H, A, 64, L + bool(T), learns + (i > 0)),
+                    (N * H, A, L + bool(T), 64, 2 * learns), (1, N * A, D, D, learns),
+                    (1, N * A, D, D // 4, 1 + learns), (1, N * A, D // 4, D, 2),
                     (1, N * A, D, 4 * D, 1), (1, N * A, 4 * D, D, 1)]
     yield 1, N, D, end, 1
 
