@@ -265,10 +265,11 @@ def grid(path, args):
             speeds = [row["clips_s"] for row in rows[-len(sizes):]]
             axes[name].plot(sizes, speeds, marker="o", label=f"{T} frames")
         axes[name].set(xscale="log", xlabel="clips in a batch", ylabel="clips per second",
-                       ylim=(0, None), title=name, xticks=(1, 2, 4, 8, 16, 32, 64, 128))
-        axes[name].set_xticks([1, 2, 4, 8, 16, 32, 64, 128], [1, 2, 4, 8, 16, 32, 64, 128])
+                       ylim=(0, None), title=name)
+        ticks = sorted({row["batch"] for row in rows})
+        axes[name].set_xticks(ticks, ticks)
         axes[name].minorticks_off()
-    axes[args.models[0]].legend()
+    fig.legend(*axes[name].get_legend_handles_labels(), loc="outside upper center", ncols=4)
     train.save_figure(fig, Path(path))
     return rows
 
