@@ -10,6 +10,7 @@ name the class of each clip. A clip leaves here as uint8 (T, 3, S, S); no model 
 import argparse
 import csv
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -479,10 +480,14 @@ def _collate(samples):
     return errors[0] if errors else default_collate(samples)
 
 
+def _start_worker(_):
+    gc.freeze()  # else its first collection copies all that it shares with the parent process
+
+
 def loader(clips, batches, workers, pin_memory=False):
     """Yield (videos, labels, indices) for `batches` of keys; a bad frame is a ValueError."""
     for batch in DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=_collate,
-                            pin_memory=pin_memory):
+                            pin_memory=pin_memory, worker_init_fn=_start_worker):
         if isinstance(batch, Exception):
             raise ValueError(str(batch))
         yield batch
