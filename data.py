@@ -270,8 +270,8 @@ def _read_list(path, which):
         raise ValueError(f"{path}: holds no lists {pattern}")
     for file in files:
         text, number = _read_text(file), 0
-        hmdb51 = re.fullmatch(r"(.+)_test_split\d\.txt", file.name) if all(
-            line.split()[-1] in {"0", "1", "2"} for line in text.split("\n") if line.strip()) else None
+        ends = {line.split()[-1] for line in text.split("\n") if line.strip()}
+        hmdb51 = ends <= {"0", "1", "2"} and re.fullmatch(r"(.+)_test_split\d\.txt", file.name)
         rows = (_something_something(text) if re.match(r"\s*\[\s*\{", text) else
                 _kinetics(text) if "youtube_id" in text.partition("\n")[0] else
                 _hmdb51(text, hmdb51[1], which) if hmdb51 else _lines(text))

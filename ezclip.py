@@ -117,8 +117,8 @@ class Attention(nn.Module):
         one. With `only`, a position in each sequence, -> (N, 1, D): only that token asks."""
         N, L, D = x.shape
         weight, bias, dropout = self.in_proj_weight, self.in_proj_bias, self.dropout
-        rows, mask = torch.arange(N, device=x.device), None
-        q = F.linear(x if only is None else x[rows, only].unsqueeze(1), weight[:D], bias[:D])
+        mask = None
+        q = F.linear(x if only is None else _pick(x, only), weight[:D], bias[:D])
         kv = F.linear(x, weight[D:], bias[D:])
         if context is not None:
             kv = torch.cat([kv, F.linear(context, weight[D:], bias[D:])], 1)  # (N, L+C, 2D)
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         if self.causal and only is not None:
             mask = torch.arange(L, device=x.device) <= only.view(N, 1, 1, 1)
         if self.training and dropout and x.device.type == "cpu" and not self.causal:
-            n = max(1, 2**19 // (self.heads * L * L))  # sequences whose weights fit into a cache
+            n = max(1, 2**19 // (self.heads * q.shape[2] * L))  # sequences whose weights fit into a cache
             x = torch.cat([recomputed(_attend, *part, dropout)
                            for part in zip(q.split(n), k.split(n), v.split(n))])
         else:
@@ -135,6 +135,11 @@ class Attention(nn.Module):
                 q, k, v, mask, dropout if self.training else 0.0,
                 is_causal=self.causal and only is None)
         return self.out_proj(x.transpose(1, 2).flatten(2))
+
+
+def _pick(x, positions):
+    """(N, L, D) -> (N, 1, D): the token of each sequence at its position."""
+    return x[torch.arange(len(x), device=x.device), positions].unsqueeze(1)
 
 
 def _attend(q, k, v, dropout):
@@ -202,7 +207,7 @@ class Block(nn.Module):
             z = prompt + x.mean(1).view(B, T, D)
             z = self.ln_1(self.drop_path(self.attn(self.ln_1(z)), B).view(BT, 1, D))
         y = self.attn(self.ln_1(x), z, only)
-        x = x if only is None else x[torch.arange(BT, device=x.device), only].unsqueeze(1)
+        x = x if only is None else _pick(x, only)
         x = x + self.drop_path(y, B)  # (B*T, L, D); L = 1 with `only`
         x, y = recomputed(self.adapt, x)
         return x + self.drop_path(self.mlp(y).view_as(x), B)

@@ -262,7 +262,7 @@ def grid(path, args):
                 s = timed(work, args.repeats, args.device)["ours"]
                 rows.append({"model": name, "T": T, "batch": B, "clips_s": B / s})
                 print(f"{name}, T = {T}, batch {B}: {B / s:.3g} clips/s", flush=True)
-            speeds = [row["clips_s"] for row in rows[-len(sizes):]]
+            speeds = [row["clips_s"] for row in rows if (row["model"], row["T"]) == (name, T)]
             axes[name].plot(sizes, speeds, marker="o", label=f"{T} frames")
         axes[name].set(xscale="log", xlabel="clips in a batch", ylabel="clips per second",
                        ylim=(0, None), title=name)
