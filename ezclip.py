@@ -95,10 +95,15 @@ class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation of OpenAI's weights; x is overwritten.
 
     As silu(1.702 x) / 1.702 it keeps one tensor of this largest size for the backward pass, not two.
+    There the two factors cancel, so autograd need not see them.
     """
 
     def forward(self, x):
-        return F.silu(x.mul_(1.702), inplace=not torch.is_grad_enabled()).div_(1.702)
+        with torch.no_grad():
+            x.mul_(1.702)
+        x = F.silu(x, inplace=not torch.is_grad_enabled())
+        with torch.no_grad():
+            return x.div_(1.702)
 
 
 class Attention(nn.Module):
@@ -147,7 +152,8 @@ def _attend(q, k, v, dropout):
     weights = (q * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (N, H, L, L+C)
     bits = torch.empty(weights.numel() // 4 + 1, dtype=torch.long).random_(-2**63, None)
     bits = bits.view(torch.int16)[:weights.numel()].view_as(weights)  # four draws in one
-    return weights * (bits >= round(2**16 * dropout) - 2**15) @ (v / (1 - dropout))
+    kept = bits >= round(2**16 * dropout) - 2**15
+    return torch.where(kept, weights, 0) @ (v / (1 - dropout))
 
 
 def recomputed(function, *args):
