@@ -124,9 +124,8 @@ class Attention(nn.Module):
         weight, bias, dropout = self.in_proj_weight, self.in_proj_bias, self.dropout
         mask = None
         q = F.linear(x if only is None else _pick(x, only), weight[:D], bias[:D])
-        kv = F.linear(x, weight[D:], bias[D:])
-        if context is not None:
-            kv = torch.cat([kv, F.linear(context, weight[D:], bias[D:])], 1)  # (N, L+C, 2D)
+        x = x if context is None else torch.cat([x, context], 1)
+        kv = F.linear(x, weight[D:], bias[D:])  # (N, L+C, 2D)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for y in (q, *kv.chunk(2, -1)))  # (N, H, L, D/H), (N, H, L+C, D/H) twice
         if self.causal and only is not None:

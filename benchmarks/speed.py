@@ -134,10 +134,10 @@ def tower(D, layers, N, L, T, end):
     for i in range(layers):
         A = 1 if i == layers - 1 else L  # tokens that go on
         learns = i > 0 or T > 0
-        if T:  # the prompt tokens: attention over frames, then keys and values for the frame
+        if T:  # the prompt tokens: attention over frames
             yield from [(1, N, D, 3 * D, 1), (N // T * H, T, 64, T, 2), (N // T * H, T, T, 64, 2),
-                        (1, N, D, D, 1), (1, N, D, 2 * D, 1)]
-        yield from [(1, N * A, D, D, i > 0), (1, N * L, D, 2 * D, i > 0),
+                        (1, N, D, D, 1)]
+        yield from [(1, N * A, D, D, i > 0), (1, N * (L + bool(T)), D, 2 * D, learns),
                     (N * H, A, 64, L + bool(T), learns + (i > 0)),
                     (N * H, A, L + bool(T), 64, 2 * learns), (1, N * A, D, D, learns),
                     (1, N * A, D, D // 4, 1 + learns), (1, N * A, D // 4, D, 2),
