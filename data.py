@@ -1,6 +1,7 @@
 """Frames on disk -> uint8 clips for a model; also videos -> frames, and a world of moving shapes.
 
     python data.py extract VIDEOS FRAMES     # videos, in class folders or not, to folders of JPEGs
+    python data.py check FRAMES              # decode every frame, list what is broken
     python data.py demo DIR                  # the demo world, in the same layout
 
 Frames lie as <root>/<Class>/<clip>/img_00001.jpg, or as <root>/<clip>/img_00001.jpg with lists that
@@ -18,6 +19,7 @@ import math
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import defaultdict
@@ -482,6 +484,8 @@ def _collate(samples):
 
 def _start_worker(_):
     gc.freeze()  # else its first collection copies all that it shares with the parent process
+    for number in (signal.SIGINT, signal.SIGTERM):  # the parent process decides, and ends it
+        signal.signal(number, signal.SIG_IGN)
 
 
 def loader(clips, batches, workers, pin_memory=False):
@@ -500,6 +504,35 @@ _COLOUR = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8
 def jitter_colour(videos):
     """Colour augmentation of uint8 (B, T, 3, S, S), drawn once per clip from torch's generator."""
     return torch.stack([_COLOUR(video) for video in videos])
+
+
+def check(root, workers=None):
+    """Decode every frame below `root` and print what is broken, empty or unreadable; a ValueError
+    if anything is."""
+    root = Path(root)
+    clips = _clip_folders(root)
+    empty = set(_folders(root)) - {clip.split("/")[0] for clip in clips}
+
+    def problems(clip):
+        found = []
+        try:
+            for name in frame_names(root / clip):
+                try:
+                    read_frame(root / clip / name)
+                except ValueError as error:
+                    found.append(str(error))
+        except (OSError, ValueError) as error:
+            found.append(str(error))
+        return found
+
+    found = [f"{root / name}: holds no clips" for name in sorted(empty)]
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        for more in tqdm(pool.map(problems, clips), "clips", len(clips)):
+            found += more
+    print(*found, sep="\n", end="\n" * bool(found))
+    if found:
+        raise ValueError(f"{root}: {len(found)} problems in {len(clips)} clips")
+    print(f"{root}: every frame of {len(clips)} clips can be read")
 
 
 # ---- videos to frames ----
@@ -627,15 +660,20 @@ def demo(root, seed=0, stills=False):
 
 def command(run):
     """Run a command line's function; what is wrong with its input is one line and status 2."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
-        run()
-    except (OSError, ValueError, torch.OutOfMemoryError) as error:
-        line = "".join(c if c.isprintable() else " " for c in str(error))  # names may hold any
-        print(f"error: {line}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("error: stopped", file=sys.stderr)
-        sys.exit(130)
+        return run()
+    except (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError) as error:
+        status, text = 2, str(error)
+    except KeyboardInterrupt as error:
+        status, text = 130, str(error) or "stopped"
+    except RuntimeError as error:
+        status, text = 2, str(error)
+        if not text.startswith("DataLoader worker"):  # that was killed
+            raise
+    line = "".join(c if c.isprintable() else " " for c in text)  # names may hold any
+    print(f"error: {line}", file=sys.stderr)
+    sys.exit(status)
 
 
 def main():
@@ -645,12 +683,17 @@ def main():
     extracting.add_argument("videos", help="class folders of videos, or a folder of videos")
     extracting.add_argument("frames", help="the folder to write to; continued if it exists")
     extracting.add_argument("--workers", type=at_least(1), help="videos at a time (all cores)")
+    checking = commands.add_parser("check", help="decode every frame and list what is broken")
+    checking.add_argument("frames", help="a folder of frames, as train.py takes it")
+    checking.add_argument("--workers", type=at_least(1), help="clips at a time (all cores)")
     rendering = commands.add_parser("demo", help="render the demo world")
     rendering.add_argument("dir", help="the folder to create")
     rendering.add_argument("--seed", type=at_least(0), default=0)
     args = parser.parse_args()
     if args.command == "extract":
         extract(args.videos, args.frames, args.workers)
+    elif args.command == "check":
+        check(args.frames, args.workers)
     else:
         demo(args.dir, args.seed)
 

@@ -30,6 +30,7 @@ load without a table of names.
 """
 
 import hashlib
+import io
 import math
 import os
 import pickle
@@ -94,8 +95,8 @@ class Config:
 class QuickGELU(nn.Module):
     """x * sigmoid(1.702 x), the activation of OpenAI's weights; x is overwritten.
 
-    As silu(1.702 x) / 1.702 it keeps one tensor of this largest size for the backward pass, not two.
-    There the two factors cancel, so autograd need not see them.
+    As silu(1.702 x) / 1.702 it keeps one tensor of this largest size for the backward pass, not
+    two. There the two factors cancel, so autograd need not see them.
     """
 
     def forward(self, x):
@@ -131,7 +132,7 @@ class Attention(nn.Module):
         if self.causal and only is not None:
             mask = torch.arange(L, device=x.device) <= only.view(N, 1, 1, 1)
         if self.training and dropout and x.device.type == "cpu" and not self.causal:
-            n = max(1, 2**19 // (self.heads * q.shape[2] * L))  # sequences whose weights fit into a cache
+            n = max(1, 2**19 // (self.heads * q.shape[2] * L))  # whose weights fit into a cache
             x = torch.cat([recomputed(_attend, *part, dropout)
                            for part in zip(q.split(n), k.split(n), v.split(n))])
         else:
@@ -592,17 +593,15 @@ def _refuse(path, problem, keys):
 def read_weights(path):
     """What a file of weights holds, a dict with tensors in it, without executing any of it.
 
-    TorchScript archives, safetensors and what torch.save wrote are told apart by their content. One
-    that cannot be read is a ValueError that names it.
+    TorchScript archives, safetensors and what torch.save writes, now or before PyTorch 1.6, are
+    told apart by their content. One that cannot be read is a ValueError that names it.
     """
     try:
         return _read(path, os.path.getsize(path))
     except FileNotFoundError:
         raise
     except Exception as error:  # there is no bound to what a hostile file makes a reader raise
-        reason = "it was not written by torch.save, or holds more than tensors"
-        if not isinstance(error, pickle.UnpicklingError):  # whose text advises to trust the file
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        reason = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:160])))
         raise ValueError(f"{path}: cannot be read as weights: {reason}") from None
 
 
@@ -612,57 +611,129 @@ def _read(path, size):
         if header[8:] == b"{" and int.from_bytes(header[:8], "little") < size:
             from safetensors.torch import load_file
             return load_file(path)
-        if header.startswith(b"PK"):  # TorchScript may compress its code, which is never read
-            archive = zipfile.ZipFile(file)
-            entries = [e for e in archive.infolist() if e.filename.split("/")[1:2] != ["code"]]
-            if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > size:
-                raise ValueError("the entries of an archive of weights are not compressed")
-            if any(e.filename.endswith("/constants.pkl") for e in entries):
-                return _read_torchscript(archive)
-        file.seek(0)  # not by its name, from which torch.load would take the format
-        return torch.load(file, map_location="cpu", weights_only=True)
+        file.seek(0)
+        return (_read_archive if header.startswith(b"PK") else _read_legacy)(file, size)
 
 
-class _Stored(list):
-    """A tensor of an archive before it is read: [storage, offset, size, stride, ...]."""
+def _read_archive(file, size):
+    """What torch.save or torch.jit.save wrote: a pickle, and an entry for each storage."""
+    archive = zipfile.ZipFile(file)
+    entries = [e for e in archive.infolist() if e.filename.split("/")[1:2] != ["code"]]
+    if any(e.compress_type for e in entries) or sum(e.file_size for e in entries) > size:
+        raise ValueError("its entries are compressed or overlap, which those of weights never do")
+    names = archive.namelist()  # the code of TorchScript may be compressed, and is never read
+    root, = (name[:-8] for name in names if re.fullmatch("[^/]+/data.pkl", name))
+    if root + "byteorder" in names and archive.read(root + "byteorder") != b"little":
+        raise ValueError("its numbers are not little-endian")
+    unpickler = _Unpickler(archive.open(root + "data.pkl"), size)
+    content = unpickler.load()
+    for key, storage in unpickler.storages.items():
+        _fill(storage, archive.open(f"{root}data/{key}"))
+    return _state(content) if isinstance(content, _Unpickler.shell) else content
+
+
+def _read_legacy(file, size):
+    """What torch.save wrote before PyTorch 1.6: five pickles, and then the storages."""
+    unpickler = _Unpickler(file, size)
+    magic, _, _, content, keys = (unpickler.load() for _ in range(5))
+    if magic != 0x1950A86A20F9469CFC6C:
+        raise ValueError("it was not written by torch.save")
+    file.seek(unpickler.stream.tell())
+    if any(type(key) is not str for key in keys) or {*keys} != unpickler.storages.keys():
+        raise ValueError("its storages are not those of its tensors")
+    for key in keys:
+        if int.from_bytes(file.read(8), "little") != len(unpickler.storages[key]):
+            raise ValueError(f"storage {key} has another size than its tensors say")
+        _fill(unpickler.storages[key], file)
+    return content
+
+
+def _fill(storage, stream):
+    if stream.readinto(storage.view(torch.uint8).numpy()) != storage.nbytes:
+        raise ValueError("it ends within its numbers")
+
+
+def _rebuild(storage, offset, size, stride, *_):
+    tensor = storage.as_strided(size, stride, offset)  # which checks its bounds
+    if tensor.numel() > len(storage):
+        raise ValueError("a tensor has more numbers than its storage")
+    return tensor
+
+
+class _Opcodes(dict):
+    def __missing__(self, code):
+        raise ValueError(f"the opcode {chr(code)!r} of pickle has no place among weights")
 
 
 class _Unpickler(pickle._Unpickler):  # Python's own: no index in a file can inflate its memo
-    """Reads a tree of TorchScript modules with the opcodes that these take and no others.
+    """Reads containers, numbers, texts, tensors and TorchScript's modules, with the opcodes that
+    PyTorch writes for these and no others.
 
-    Modules become empty shells, tensors descriptions, and tuples lists, for nested tuples can keep
-    hash() busy for ever.
+    Modules become empty shells. Tuples become lists and keys are texts or small numbers, as others
+    can keep hash() busy for ever. Tensors lie in `storages`, to be filled later.
     """
-    dispatch = {code: pickle._Unpickler.dispatch[code] for code in
-                b"\x80.(lN\x88\x89KMJ\x8aGX])}eubQcR\x81qrhj"}
+    dispatch = _Opcodes((code, pickle._Unpickler.dispatch[code]) for code in
+                        b"\x80.(lN\x88\x89KMJ\x8aGX])}aeQcR\x81qrhj")
     dispatch[pickle.TUPLE[0]] = dispatch[pickle.LIST[0]]
     for n in (1, 2, 3):  # the opcodes TUPLE1, TUPLE2 and TUPLE3
         dispatch[0x84 + n] = lambda self, n=n: self.stack.append(
             [self.stack.pop() for _ in range(n)][::-1])
     shell = type("Shell", (), {})
-    known = {("torch", f"{name}Storage"): getattr(torch, name.lower()) for name in
-             ("Half", "BFloat16", "Float", "Double", "Long", "Int", "Bool")}
-    known["collections", "OrderedDict"] = lambda *_: None  # a tensor's hooks
-    known["torch._utils", "_rebuild_tensor_v2"] = lambda *description: _Stored(description)
+    dtypes = dict(Half=torch.half, BFloat16=torch.bfloat16, Float=torch.float, Double=torch.double,
+                  Long=torch.long, Int=torch.int, Short=torch.short, Char=torch.int8,
+                  Byte=torch.uint8, Bool=torch.bool)
+    known = {("torch", f"{name}Storage"): dtype for name, dtype in dtypes.items()}
+    known["collections", "OrderedDict"] = lambda: {}
+    known["torch._utils", "_rebuild_parameter"] = lambda tensor, *_: tensor
+    known["torch._utils", "_rebuild_tensor_v2"] = _rebuild
+
+    def __init__(self, file, size):
+        self.stream = io.BytesIO(file.read(4 << 20))  # many times what weights need
+        super().__init__(self.stream)
+        self.size, self.storages = size, {}
 
     def find_class(self, module, name):
         if module.split(".")[0] == "__torch__":
             return self.shell
         if module == "torch.jit._pickle":  # build_intlist, restore_type_tag: the first is the value
             return lambda value, *_: value
+        module = module.replace("torch.cuda", "torch")  # of storages
         if (module, name) not in self.known:
             raise ValueError(f"{module}.{name} has no place among weights")
         return self.known[module, name]
 
     def persistent_load(self, pid):
-        return pid
+        _, dtype, key, _, numel, *view = pid
+        if type(key) is not str or any(view):
+            raise ValueError("its storages are not named as by torch.save")
+        if key not in self.storages:
+            self.size -= numel * dtype.itemsize
+            if self.size < 0:
+                raise ValueError("its tensors claim more bytes than the file has")
+            self.storages[key] = torch.empty(numel, dtype=dtype)
+        return self.storages[key]
+
+    def set_items(self, items):
+        for key, value in zip(items[::2], items[1::2]):
+            if type(self.stack[-1]) is not dict or not (
+                    type(key) is str or type(key) is int and abs(key) < 2**31):
+                raise ValueError(f"{type(key).__name__} has no place among keys")
+            self.stack[-1][key] = value
+
+    def build(self):
+        state = self.stack.pop()
+        if isinstance(self.stack[-1], self.shell):  # and not the metadata of a state dict
+            vars(self.stack[-1]).update(state)
+
+    dispatch[pickle.SETITEM[0]] = lambda self: self.set_items(
+        [self.stack.pop() for _ in range(2)][::-1])
+    dispatch[pickle.SETITEMS[0]] = lambda self: self.set_items(self.pop_mark())
+    dispatch[pickle.BUILD[0]] = build
 
 
-def _read_torchscript(archive):
-    """The state dict of a TorchScript archive, without torch.jit: deprecated, and it runs code."""
-    root, = (n[:-8] for n in archive.namelist() if re.fullmatch("[^/]+/data.pkl", n))
-    tree = _Unpickler(archive.open(root + "data.pkl")).load()
-    state, storages, seen, modules = {}, {}, set(), [("", tree)]
+def _state(module):
+    """The state dict of TorchScript's modules. torch.jit is deprecated, and runs a file's code."""
+    state, seen, modules = {}, set(), [("", module)]
     while modules:
         prefix, module = modules.pop()
         if id(module) in seen or len(prefix) > 200:
@@ -671,10 +742,6 @@ def _read_torchscript(archive):
         for name, value in vars(module).items():
             if isinstance(value, _Unpickler.shell):
                 modules.append((f"{prefix}{name}.", value))
-            elif isinstance(value, _Stored):
-                (_, dtype, key, _, numel), offset, size, stride, *_ = value
-                if key not in storages:
-                    storages[key] = bytearray(archive.read(f"{root}data/{key}"))
-                stored = torch.frombuffer(storages[key], dtype=dtype, count=numel)
-                state[prefix + name] = stored.as_strided(size, stride, offset)  # checks its bounds
+            elif isinstance(value, torch.Tensor):
+                state[prefix + name] = value
     return state

@@ -12,6 +12,7 @@ A run's folder receives last.pt, log.csv, curves.png, confusion.png and results.
 """
 
 import argparse
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -21,6 +22,7 @@ import os
 import platform
 import re
 import shlex
+import signal
 import statistics
 import sys
 import tempfile
@@ -384,10 +386,30 @@ def print_table(rows):
 def write(path, save):
     """Write a file as a whole or not at all: save(temporary path), flush to the disk, rename."""
     temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    with open(temporary, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        save(temporary)
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path}: cannot be written ({reason}), it is as it was") from None
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Ctrl-C and SIGTERM wait for the end of the block, and raise KeyboardInterrupt then."""
+    waiting, signals = [], (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: waiting.append(1)) for number in signals]
+    try:
+        yield
+    finally:
+        for number, handler in zip(signals, before):
+            signal.signal(number, handler)
+    if waiting:
+        raise KeyboardInterrupt
 
 
 def batches(n, size, start, stop, seed):
@@ -438,24 +460,22 @@ def train(model, split, tests, args, saved):
         print(f"resumed at step {step} of {total}")
 
     def save(path):
-        torch.save({"state_dict": {name: p.detach() for name, p in trained(model).items()},
-                    "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
-                    "rows": rows, "sums": sums, "args": vars(args), "classes": classes,
-                    "data_sha256": data_sha256, "backbone_sha256": model.weights_sha256}, path)
+        with open(path, "wb") as file:  # of which torch.save hands on what goes wrong
+            torch.save({"state_dict": {name: p.detach() for name, p in trained(model).items()},
+                        "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
+                        "rows": rows, "sums": sums, "args": vars(args), "classes": classes,
+                        "data_sha256": data_sha256, "backbone_sha256": model.weights_sha256}, file)
 
-    steps = batches(len(clips), args.batch_size, step, total, args.seed)
-    stream = data.loader(dataset, steps, args.workers, pin_memory=device.type == "cuda")
-    bar = tqdm(stream, "train", total, initial=step, unit="step", disable=None)
-    began = clock = saved_at = drawn_at = time.monotonic()
-    waited = 0.0
-    for videos, labels, indices in bar:
-        waited += time.monotonic() - clock
+    def rate(step):
+        return ((step + 1) / warmup if step + 1 < warmup else
+                (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2)
+
+    def learn(videos, labels, indices):
+        """A step of the optimizer -> [loss, contrastive, motion]."""
         model.train()
         torch.manual_seed(np.random.SeedSequence((args.seed, step)).generate_state(1).item())
-        rate = ((step + 1) / warmup if step + 1 < warmup else
-                (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2)
         for group, lr in zip(optimizer.param_groups, lrs.values()):
-            group["lr"] = lr * rate
+            group["lr"] = lr * rate(step)
         videos = videos.to(device, non_blocking=True)
         if not args.no_augment:
             videos = data.jitter_colour(videos)
@@ -467,36 +487,59 @@ def train(model, split, tests, args, saved):
         loss = contrastive + args.motion_weight * motion
         losses = torch.stack([loss, contrastive, motion]).tolist()
         if not math.isfinite(losses[0]):
-            raise ValueError(f"step {step}: the loss is {losses[0]} for the clips "
-                             + ", ".join(clips[i][0] for i in indices))
+            raise ArithmeticError(f"step {step}: the loss is {losses[0]} for the clips "
+                                  + ", ".join(clips[i][0] for i in indices))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
+        return losses
 
-        step += 1
-        sums = [a + b for a, b in zip(sums, losses)]
-        now = time.monotonic()
-        seconds, clock = seconds + now - clock, now
-        bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {args.lr * rate:.1e}, "
-                            f"{len(labels) * (bar.format_dict['rate'] or 0):.1f} clips/s, "
-                            f"{100 * waited / (now - began):.0f} % waiting for clips", False)
-        if step % per_epoch == 0:
-            spent = seconds - sum(row["seconds"] for row in rows)
-            row = {"epoch": step // per_epoch, "lr": args.lr * rate, "seconds": spent,
-                   "clips/s": per_epoch * len(labels) / spent}
-            row |= dict(zip(("loss", "contrastive", "motion"), (x / per_epoch for x in sums)))
-            if args.eval_every and row["epoch"] % args.eval_every == 0 and step < total:
-                evaluate_all(model, tests, args, row)
-                clock = time.monotonic()
+    def end_epoch():
+        nonlocal rows, sums
+        spent = seconds - sum(row["seconds"] for row in rows)
+        row = {"epoch": step // per_epoch, "lr": args.lr * rate(step - 1), "seconds": spent,
+               "clips/s": per_epoch * min(args.batch_size, len(clips)) / spent}
+        row |= dict(zip(("loss", "contrastive", "motion"), (x / per_epoch for x in sums)))
+        if args.eval_every and row["epoch"] % args.eval_every == 0 and step < total:
+            evaluate_all(model, tests, args, row)
+        with uninterrupted():
             rows, sums = [*rows, row], [0.0, 0.0, 0.0]
-            write_log(out / "log.csv", rows)
-            if now - drawn_at > 60:
-                plot_curves(out / "curves.png", rows)
-                drawn_at = now
-        if step % per_epoch == 0 or now - saved_at > SAVE_SECONDS:
+        write_log(out / "log.csv", rows)
+
+    steps = batches(len(clips), args.batch_size, step, total, args.seed)
+    stream = data.loader(dataset, steps, args.workers, pin_memory=device.type == "cuda")
+    bar = tqdm(stream, "train", total, initial=step, unit="step", disable=None)
+    began = clock = saved_at = drawn_at = time.monotonic()
+    waited, kept = 0.0, step
+    try:
+        if len(rows) < step // per_epoch:  # the run was stopped while it evaluated
+            end_epoch()
+        for batch in bar:
+            waited += time.monotonic() - clock
+            with uninterrupted():
+                losses = learn(*batch)
+                step, sums = step + 1, [a + b for a, b in zip(sums, losses)]
+                now = time.monotonic()
+                seconds, clock = seconds + now - clock, now
+            bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {args.lr * rate(step - 1):.1e}, "
+                                f"{len(batch[1]) * (bar.format_dict['rate'] or 0):.1f} clips/s, "
+                                f"{100 * waited / (now - began):.0f} % waiting for clips", False)
+            if step % per_epoch == 0:
+                end_epoch()
+                if now - drawn_at > 60:
+                    plot_curves(out / "curves.png", rows)
+                    drawn_at = now
+            if step % per_epoch == 0 or now - saved_at > SAVE_SECONDS:
+                write(out / "last.pt", save)
+                saved_at, kept = now, step
+            clock = time.monotonic()
+        results = evaluate_all(model, tests, args, rows[-1])
+    except (KeyboardInterrupt, OSError, ValueError, torch.OutOfMemoryError) as error:
+        if step > kept:
             write(out / "last.pt", save)
-            saved_at = now
-    results = evaluate_all(model, tests, args, rows[-1])
+        kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ValueError
+        hint = f"; step {step} of {total} is saved: the same command with --resume goes on"
+        raise kind((str(error) or "stopped") + hint * (step > 0)) from error
     write_log(out / "log.csv", rows)
     plot_curves(out / "curves.png", rows)
     return results, seconds
