@@ -1365,12 +1365,12 @@ def test_a_run_that_is_killed_at_fifty_moments(world, tmp_path):
     rng, kills, steps = random.Random(0), 0, set()
     flags = [*world.common, "--epochs", "120", "--out"]
     train.run([*flags, str(tmp_path / "whole")])
-    run = [sys.executable, "-c", START, *flags, str(tmp_path / "out"), "--resume"]
+    run = [sys.executable, "-u", "-c", START, *flags, str(tmp_path / "out"), "--resume"]
     while True:
         with subprocess.Popen(run, cwd=HERE, stderr=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, text=True) as process:
             if kills < 50:  # from when the run has begun, or sometimes before
-                while rng.random() > 0.02 and "training" not in process.stdout.readline():
+                while rng.random() > 0.02 and "mirrored" not in process.stdout.readline():
                     pass
                 time.sleep(rng.uniform(0, 0.15))
                 process.kill()
