@@ -1363,7 +1363,7 @@ def test_a_signal_to_the_whole_group_does_not_break_its_workers(world, tmp_path)
 @slow
 def test_a_run_that_is_killed_at_fifty_moments(world, tmp_path):
     rng, kills, steps = random.Random(0), 0, set()
-    flags = [*world.common, "--epochs", "120", "--out"]
+    flags = [*world.common, "--epochs", "400", "--out"]
     train.run([*flags, str(tmp_path / "whole")])
     run = [sys.executable, "-u", "-c", START, *flags, str(tmp_path / "out"), "--resume"]
     while True:
@@ -1372,7 +1372,7 @@ def test_a_run_that_is_killed_at_fifty_moments(world, tmp_path):
             if kills < 50:  # from when the run has begun, or sometimes before
                 while rng.random() > 0.02 and "mirrored" not in process.stdout.readline():
                     pass
-                time.sleep(rng.uniform(0, 0.15))
+                time.sleep(rng.uniform(0, 0.6))
                 process.kill()
                 kills += 1
             process.communicate(timeout=120)
