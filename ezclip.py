@@ -326,9 +326,13 @@ class EZCLIP(nn.Module):
         features = self.visual(video.flatten(0, 1), video.shape[1])  # (B*T, E)
         return features.view(*video.shape[:2], -1)
 
+    def pool(self, frame_features):
+        """Frames to a video, the mean: (B, T, E) -> (B, E)."""
+        return frame_features.mean(1)
+
     def encode_video(self, video):
-        """The mean of the frame features, not normalised: (B, T, 3, S, S) -> (B, E)."""
-        return self.encode_frames(video).mean(1)
+        """Features of videos, not normalised: (B, T, 3, S, S) -> (B, E)."""
+        return self.pool(self.encode_frames(video))
 
     def encode_text(self, tokens):
         """Features at the end-of-text token (the largest id): (N, L) integers -> (N, E)."""

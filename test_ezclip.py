@@ -8,6 +8,7 @@ import importlib.util
 import io
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import random
@@ -1433,6 +1434,36 @@ def test_a_frame_that_breaks_stops_the_run_after_saving(world, tmp_path, monkeyp
     assert weights(tmp_path / "out") == weights(tmp_path / "whole")
 
 
+def test_a_killed_process_that_loads_clips_stops_the_run_after_saving(world, tmp_path, monkeypatch):
+    flags, calls = [*world.common, "--workers", "1", "--out"], []
+    train.run([*flags, str(tmp_path / "whole")])
+
+    def killing(*args):
+        calls.append(1)
+        if len(calls) == 4:
+            worker, = multiprocessing.active_children()
+            worker.kill()
+            time.sleep(0.5)  # in which the news arrives
+        return contrastive_loss(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "contrastive_loss", killing)
+        status, errors = command([*flags, tmp_path / "out"])
+    line = errors.strip().splitlines()[-1]
+    assert status == 2 and line.startswith("error: DataLoader worker"), errors
+    assert "step 4 of 9 is saved" in line and weights(tmp_path / "out")[0] == 4
+    train.run([*flags, str(tmp_path / "out"), "--resume"])
+    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+
+
+def test_weights_that_are_not_finite_are_not_saved(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
+    monkeypatch.setattr(train, "learning_rate", lambda step, *_: math.nan if step == 4 else 1.0)
+    status, errors = command([*world.common, "--out", tmp_path / "run"])
+    assert status == 2 and "error: step 5: the weights are no longer finite" in errors, errors
+    assert weights(tmp_path / "run")[0] == 4
+
+
 def test_workers_change_nothing(world, tmp_path):
     for workers in "013":
         train.run([*world.common, "--workers", workers, "--out", str(tmp_path / workers)])
@@ -1460,15 +1491,20 @@ def test_resume_starts_where_nothing_is_and_refuses_another_run(world, tmp_path)
     assert train.run([*world.common, "--out", str(out), "--resume"])["results"]
     before = {path: path.read_bytes() for path in out.iterdir()}
     more = frames_folder(tmp_path / "more", ("Archery", "BabyCrawling", "Clap"), clips=7)
-    saved = torch.load(out / "last.pt", weights_only=True)
+    saved, bomb = torch.load(out / "last.pt", weights_only=True), ["x"]
+    for _ in range(40):
+        bomb = [bomb, bomb]
     for flags, word in ((["--resume", "--lr", "0.5"], "--lr 0.001"),
                         (["--resume", "--num-frames", "2"], "--num-frames 4"),
                         (["--resume", "--data", more], "other training clips"),
                         (["--resume", "--out", tmp_path / "damaged"], "a damaged checkpoint"),
+                        (["--resume", "--out", tmp_path / "bomb"], "a damaged checkpoint"),
                         ([], "holds a run; --resume"),
                         (None, "no run to resume there, and no --data")):
-        (tmp_path / "damaged").mkdir(exist_ok=True)
-        torch.save({**saved, "optimizer": {"state": {}}}, tmp_path / "damaged/last.pt")
+        for name, change in (("damaged", {"optimizer": {"state": {}}}),
+                             ("bomb", {"args": {**saved["args"], "lr": bomb}})):
+            (tmp_path / name).mkdir(exist_ok=True)
+            torch.save({**saved, **change}, tmp_path / name / "last.pt")
         nothing = ["--resume", "--checkpoint", out / "last.pt", "--out", tmp_path / "nothing"]
         flags = nothing if flags is None else [*world.common, "--out", out, *flags]
         status, errors = command(flags)

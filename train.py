@@ -133,8 +133,22 @@ FREE = ("eval_every", "eval_data", "data", "train_list", "test_list", "labels", 
         "base_to_novel", "descriptions", "templates", "clip", "checkpoint")
 # Flags that describe the model: a checkpoint of ours brings them along.
 MODEL = ("clip", "activation", "num_frames", "prompts", "no_adapters", "temporal_adapter", "tune")
-CHECKPOINT = dict(args=dict, state_dict=dict, optimizer=dict, step=int, seconds=float, rows=list,
-                  sums=list, classes=list, data_sha256=str, backbone_sha256=str)
+PLAIN = (str, int, float, type(None))
+CHECKPOINT = dict(  # kinds as of `fits`
+    args={"": (*PLAIN, [PLAIN])}, state_dict={"": torch.Tensor}, optimizer=dict, step=int,
+    seconds=float, rows=[{"": (int, float)}], sums=[float], classes=[str], data_sha256=str,
+    backbone_sha256=str)
+
+
+def fits(value, kind):
+    """Whether a value is of a kind: a type, a tuple of kinds, [kind], or {"": kind} of values."""
+    if isinstance(kind, tuple):
+        return any(fits(value, each) for each in kind)
+    if not isinstance(kind, (list, dict)):
+        return isinstance(value, kind)
+    each, = kind.values() if isinstance(kind, dict) else kind
+    return type(value) is type(kind) and all(
+        fits(v, each) for v in (value.values() if isinstance(kind, dict) else value))
 
 
 def parse(argv):
@@ -150,7 +164,7 @@ def parse(argv):
     path = out / "last.pt" if resumed else args.checkpoint
     saved = read_weights(path) if path else {}
     if isinstance(saved, dict) and "backbone_sha256" in saved:
-        if any(not isinstance(saved.get(key), kind) for key, kind in CHECKPOINT.items()):
+        if not all(fits(saved.get(key), kind) for key, kind in CHECKPOINT.items()):
             raise ValueError(f"{path}: is a damaged checkpoint")
         old = {k: v for k, v in saved["args"].items() if k not in HERE
                and k in (vars(args) if resumed else MODEL)}
@@ -400,16 +414,19 @@ def write(path, save):
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Ctrl-C and SIGTERM wait for the end of the block, and raise KeyboardInterrupt then."""
-    waiting, signals = [], (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: waiting.append(1)) for number in signals]
+    """Signals wait for the end of the block: Ctrl-C, SIGTERM, and the death of a process that loads
+    clips, of which PyTorch makes an error."""
+    waiting, numbers = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGCHLD", signal.SIGINT)}
+    before = {n: signal.signal(n, lambda *args: waiting.append(args)) for n in numbers}
     try:
         yield
     finally:
-        for number, handler in zip(signals, before):
+        for number, handler in before.items():
             signal.signal(number, handler)
-    if waiting:
-        raise KeyboardInterrupt
+    for number, frame in waiting:
+        handler = signal.getsignal(number)
+        if callable(handler):
+            handler(number, frame)
 
 
 def batches(n, size, start, stop, seed):
@@ -423,20 +440,39 @@ def batches(n, size, start, stop, seed):
         yield [(epoch, i) for i in order[k * size:(k + 1) * size]]
 
 
+def learning_rate(step, warmup, total):
+    """The share of the highest: linear from 0 for the steps of warm-up, then a cosine to 0."""
+    if step + 1 < warmup:
+        return (step + 1) / warmup
+    return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def losses(model, videos, labels, tokens, args):
+    """-> loss, contrastive and motion loss of a batch; `tokens`, (templates, classes, L), has the
+    texts of its classes, of which each clip draws one."""
+    videos = videos.to(args.device, non_blocking=True)
+    if not args.no_augment:
+        videos = data.jitter_colour(videos)
+    texts = tokens[torch.randint(len(tokens), labels.shape), labels].to(args.device)
+    with autocast(args):
+        frames, texts = model.encode_frames(videos), model.encode_text(texts)
+    logits = model.similarity(model.pool(frames.float()), texts)
+    contrastive, motion = contrastive_loss(logits, labels.to(args.device)), motion_loss(frames)
+    return contrastive + args.motion_weight * motion, contrastive, motion
+
+
 def train(model, split, tests, args, saved):
     """Train from the first step, or from where `saved` stood; returns the results and the seconds.
 
     No random state has to be kept: a step's is a function of (seed, step), a clip's of (seed,
     epoch, clip). So a resumed run takes the very steps of one that was never stopped.
     """
-    out, device = Path(args.out), torch.device(args.device)
-    classes, clips = split.classes, split.clips
+    out, classes, clips, new = Path(args.out), split.classes, split.clips, trained(model)
     names = "\n".join(map(data.class_text, classes))
     flip = not (args.no_augment or args.no_flip
                 or re.search(r"(?<![a-z])(left|right)(?![a-z])", names))
-    size = sum(p.numel() for p in trained(model).values())
-    print(f"training {size:,} parameters on {args.device}, {len(clips)} clips of "
-          f"{len(classes)} classes, {'' if flip else 'not '}mirrored")
+    print(f"training {sum(p.numel() for p in new.values()):,} parameters on {args.device}, "
+          f"{len(clips)} clips of {len(classes)} classes, {'' if flip else 'not '}mirrored")
     dataset = data.Clips(split, args.num_frames, model.config.image_size, train=True,
                          augment=not args.no_augment, flip=flip, seed=args.seed)
     tokens = tokens_of(classes, args, model)
@@ -445,7 +481,7 @@ def train(model, split, tests, args, saved):
     warmup = min(args.warmup_epochs * per_epoch, total / 10)
     lrs = {False: args.lr, True: args.lr if args.prompt_lr is None else args.prompt_lr}
     optimizer = torch.optim.AdamW(
-        [{"params": [p for name, p in trained(model).items() if ("prompts" in name) == prompts]}
+        [{"params": [p for name, p in new.items() if ("prompts" in name) == prompts]}
          for prompts in lrs], betas=(0.9, 0.98), eps=1e-8, weight_decay=args.weight_decay)
     step, seconds, rows, sums = 0, 0.0, [], [0.0, 0.0, 0.0]
     data_sha256 = hashlib.sha256(repr(clips).encode() + tokens.numpy().tobytes()).hexdigest()
@@ -460,44 +496,35 @@ def train(model, split, tests, args, saved):
         print(f"resumed at step {step} of {total}")
 
     def save(path):
+        if not all(p.isfinite().all() for p in new.values()):
+            raise ArithmeticError(f"step {step}: the weights are no longer finite; {out / 'last.pt'}"
+                                  " is what it was before")
         with open(path, "wb") as file:  # of which torch.save hands on what goes wrong
-            torch.save({"state_dict": {name: p.detach() for name, p in trained(model).items()},
+            torch.save({"state_dict": {name: p.detach() for name, p in new.items()},
                         "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
                         "rows": rows, "sums": sums, "args": vars(args), "classes": classes,
                         "data_sha256": data_sha256, "backbone_sha256": model.weights_sha256}, file)
-
-    def rate(step):
-        return ((step + 1) / warmup if step + 1 < warmup else
-                (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2)
 
     def learn(videos, labels, indices):
         """A step of the optimizer -> [loss, contrastive, motion]."""
         model.train()
         torch.manual_seed(np.random.SeedSequence((args.seed, step)).generate_state(1).item())
         for group, lr in zip(optimizer.param_groups, lrs.values()):
-            group["lr"] = lr * rate(step)
-        videos = videos.to(device, non_blocking=True)
-        if not args.no_augment:
-            videos = data.jitter_colour(videos)
-        texts = tokens[torch.randint(len(tokens), labels.shape), labels].to(device)
-        with autocast(args):
-            frames, texts = model.encode_frames(videos), model.encode_text(texts)
-        logits = model.similarity(frames.float().mean(1), texts)
-        contrastive, motion = contrastive_loss(logits, labels.to(device)), motion_loss(frames)
-        loss = contrastive + args.motion_weight * motion
-        losses = torch.stack([loss, contrastive, motion]).tolist()
-        if not math.isfinite(losses[0]):
-            raise ArithmeticError(f"step {step}: the loss is {losses[0]} for the clips "
+            group["lr"] = lr * learning_rate(step, warmup, total)
+        loss, *parts = losses(model, videos, labels, tokens, args)
+        values = torch.stack([loss, *parts]).tolist()
+        if not math.isfinite(values[0]):
+            raise ArithmeticError(f"step {step}: the loss is {values[0]} for the clips "
                                   + ", ".join(clips[i][0] for i in indices))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return losses
+        return values
 
     def end_epoch():
         nonlocal rows, sums
         spent = seconds - sum(row["seconds"] for row in rows)
-        row = {"epoch": step // per_epoch, "lr": args.lr * rate(step - 1), "seconds": spent,
+        row = {"epoch": step // per_epoch, "lr": optimizer.param_groups[0]["lr"], "seconds": spent,
                "clips/s": per_epoch * min(args.batch_size, len(clips)) / spent}
         row |= dict(zip(("loss", "contrastive", "motion"), (x / per_epoch for x in sums)))
         if args.eval_every and row["epoch"] % args.eval_every == 0 and step < total:
@@ -507,21 +534,23 @@ def train(model, split, tests, args, saved):
         write_log(out / "log.csv", rows)
 
     steps = batches(len(clips), args.batch_size, step, total, args.seed)
-    stream = data.loader(dataset, steps, args.workers, pin_memory=device.type == "cuda")
+    stream = data.loader(dataset, steps, args.workers, args.device.startswith("cuda"))
     bar = tqdm(stream, "train", total, initial=step, unit="step", disable=None)
     began = clock = saved_at = drawn_at = time.monotonic()
     waited, kept = 0.0, step
+    stops = (KeyboardInterrupt, OSError, ValueError, torch.OutOfMemoryError, RuntimeError)
     try:
         if len(rows) < step // per_epoch:  # the run was stopped while it evaluated
             end_epoch()
         for batch in bar:
             waited += time.monotonic() - clock
             with uninterrupted():
-                losses = learn(*batch)
-                step, sums = step + 1, [a + b for a, b in zip(sums, losses)]
+                values = learn(*batch)
+                step, sums = step + 1, [a + b for a, b in zip(sums, values)]
                 now = time.monotonic()
                 seconds, clock = seconds + now - clock, now
-            bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {args.lr * rate(step - 1):.1e}, "
+            bar.set_postfix_str(f"loss {values[0]:.3f}, "
+                                f"lr {optimizer.param_groups[0]['lr']:.1e}, "
                                 f"{len(batch[1]) * (bar.format_dict['rate'] or 0):.1f} clips/s, "
                                 f"{100 * waited / (now - began):.0f} % waiting for clips", False)
             if step % per_epoch == 0:
@@ -534,10 +563,10 @@ def train(model, split, tests, args, saved):
                 saved_at, kept = now, step
             clock = time.monotonic()
         results = evaluate_all(model, tests, args, rows[-1])
-    except (KeyboardInterrupt, OSError, ValueError, torch.OutOfMemoryError) as error:
+    except stops as error:
         if step > kept:
             write(out / "last.pt", save)
-        kind = KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else ValueError
+        kind = next(kind for kind in stops if isinstance(error, kind))
         hint = f"; step {step} of {total} is saved: the same command with --resume goes on"
         raise kind((str(error) or "stopped") + hint * (step > 0)) from error
     write_log(out / "log.csv", rows)
