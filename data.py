@@ -22,6 +22,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -441,6 +442,30 @@ def crop_frame(image, size, crop=None):
         pixels[None], (size, size), mode="bilinear", antialias=True)[0]
 
 
+def load_clip(path, num_frames, image_size, rng=None, augment=False, flip=False):
+    """A folder of frames, or a video file, as uint8 RGB (num_frames, 3, image_size, image_size).
+
+    With a numpy Generator frames are drawn as in training, and with `augment` cropped and, where
+    `flip`, mirrored likewise; else all is as in evaluation. Raises OSError or ValueError that names
+    what cannot be read.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise ValueError(f"{path}: no such video, nor folder of frames")
+    if folder.is_file():
+        with tempfile.TemporaryDirectory() as frames:
+            said = decode_video(folder, frames)
+            if said:
+                print(f"warning: damaged {path}: {said}", file=sys.stderr)
+            return load_clip(frames, num_frames, image_size, rng, augment, flip)
+    names = frame_names(folder)
+    chosen = sample_frames(len(names), num_frames, rng)
+    crop = random_crop(rng) if augment else None
+    flip = augment and flip and rng.random() < 0.5
+    clip = torch.stack([read_frame(folder / names[i], image_size, crop) for i in chosen])
+    return clip.flip(-1) if flip else clip.contiguous()
+
+
 class Clips(Dataset):
     """The clips of a Split as (uint8 (T, 3, S, S), label, index).
 
@@ -462,13 +487,8 @@ class Clips(Dataset):
 
     def load(self, epoch, index):
         rng = np.random.default_rng((self.seed, epoch, index)) if self.train else None
-        folder = Path(self.root, os.fsdecode(self.clips[index]))
-        names = frame_names(folder)
-        chosen = sample_frames(len(names), self.num_frames, rng)
-        crop = random_crop(rng) if self.augment else None
-        flip = self.augment and self.flip and rng.random() < 0.5
-        clip = torch.stack([read_frame(folder / names[i], self.image_size, crop) for i in chosen])
-        return clip.flip(-1) if flip else clip.contiguous()  # (T, 3, S, S)
+        return load_clip(Path(self.root, os.fsdecode(self.clips[index])), self.num_frames,
+                         self.image_size, rng, self.augment, self.flip)
 
     def __getitem__(self, key):
         try:
@@ -537,6 +557,23 @@ def check(root, workers=None):
 
 # ---- videos to frames ----
 
+def decode_video(video, folder):
+    """Write each frame of a video to an empty folder as a JPEG whose shorter side is 256.
+
+    Returns what ffmpeg complained of, or "". A ValueError names a video that cannot be read.
+    """
+    import imageio_ffmpeg
+    result = subprocess.run(
+        [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", "-threads", "1",
+         "-i", Path(video).absolute(), "-fps_mode", "passthrough", "-q:v", "2",
+         "-vf", "scale='if(gt(iw,ih),-1,256)':'if(gt(iw,ih),256,-1)'", "img_%05d.jpg"],
+        cwd=folder, capture_output=True, text=True, errors="replace")  # a path may hold a %
+    said = (result.stderr.strip().splitlines() or [""])[-1]
+    if result.returncode or not os.listdir(folder):
+        raise ValueError(f"{video}: is no readable video ({said or 'no frames'})")
+    return said
+
+
 def extract(videos, frames, workers=None):
     """Turn a folder of videos (of class folders, or flat) into the layout of `index_frames`.
 
@@ -545,8 +582,7 @@ def extract(videos, frames, workers=None):
     reported at the end. Returns the number of clips there are. Raises ValueError, before anything
     is written, where two videos of a class would share a folder.
     """
-    import imageio_ffmpeg
-    ffmpeg, root, jobs = imageio_ffmpeg.get_ffmpeg_exe(), Path(videos), {}
+    root, jobs = Path(videos), {}
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     for video in sorted(_videos(root), key=lambda path: len(path.parts)):
@@ -565,17 +601,13 @@ def extract(videos, frames, workers=None):
         part = target.with_name(f".{target.name}.part")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        result = subprocess.run(
-            [ffmpeg, "-nostdin", "-loglevel", "error", "-threads", "1", "-i", video.absolute(),
-             "-fps_mode", "passthrough", "-q:v", "2",
-             "-vf", "scale='if(gt(iw,ih),-1,256)':'if(gt(iw,ih),256,-1)'", "img_%05d.jpg"],
-            cwd=part, capture_output=True, text=True, errors="replace")  # a path may hold a %
-        said = (result.stderr.strip().splitlines() or ["no frames"])[-1]
-        if result.returncode or not any(part.iterdir()):
+        try:
+            said = decode_video(video, part)
+        except ValueError as error:
             shutil.rmtree(part)
-            return f"skipped {video}: {said}"
+            return f"skipped {error}"
         part.rename(target)
-        return f"damaged {video}, its readable frames are kept: {said}" if result.stderr else None
+        return said and f"damaged {video}, its readable frames are kept: {said}"
 
     problems = []
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:

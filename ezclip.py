@@ -117,6 +117,7 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
         self.dropout, self.causal = dropout, causal
+        self.watch = None  # or what gets queries and keys, see attention_maps
 
     def forward(self, x, context=None, only=None):
         """(N, L, D) -> (N, L, D): every token of x asks x, and `context` (N, C, D) where there is
@@ -129,6 +130,8 @@ class Attention(nn.Module):
         kv = F.linear(x, weight[D:], bias[D:])  # (N, L+C, 2D)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for y in (q, *kv.chunk(2, -1)))  # (N, H, L, D/H), (N, H, L+C, D/H) twice
+        if self.watch:
+            self.watch(q, k)
         if self.causal and only is not None:
             mask = torch.arange(L, device=x.device) <= only.view(N, 1, 1, 1)
         if self.training and dropout and x.device.type == "cpu" and not self.causal:
@@ -334,6 +337,27 @@ class EZCLIP(nn.Module):
         """Features of videos, not normalised: (B, T, 3, S, S) -> (B, E)."""
         return self.pool(self.encode_frames(video))
 
+    def attention_maps(self, video):
+        """What the class token of each frame looks at, layer by layer, from one ordinary pass.
+
+        Returns the frame features of `encode_frames`, (B, T, E), and the weights of the softmax,
+        (B, T, layers, H, L+1): for the class token itself, for the patches row by row, and last for
+        the temporal prompt token, which is 0 in layers without one.
+        """
+        blocks, maps = self.visual.transformer.resblocks, {}
+        for i, block in enumerate(blocks):
+            def watch(q, k, i=i):  # a block's last call is the one over the tokens of a frame
+                maps[i] = (q[:, :, :1] * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (B*T, H, 1, L+1)
+            block.attn.watch = watch
+        try:
+            features = self.encode_frames(video)
+        finally:
+            for block in blocks:
+                block.attn.watch = None
+        L = len(self.visual.positional_embedding)
+        maps = [F.pad(x.flatten(2), (0, L + 1 - x.shape[-1])) for x in maps.values()]
+        return features, torch.stack(maps, 1).unflatten(0, video.shape[:2])
+
     def encode_text(self, tokens):
         """Features at the end-of-text token (the largest id): (N, L) integers -> (N, E)."""
         end = tokens.argmax(-1)
@@ -359,25 +383,33 @@ class EZCLIP(nn.Module):
         return sum(p.numel() for p in self.parameters() if p.requires_grad)
 
     @classmethod
-    def from_pretrained(cls, name_or_path, num_frames=None, **config_overrides):
+    def from_pretrained(cls, name_or_path, num_frames=None, clip=None, **config_overrides):
         """A model in fp32 and eval mode with the weights of a file, which says itself what it is.
 
         name_or_path: ViT-B/32, ViT-B/16, ViT-L/14 or ViT-L/14@336px, looked up in ~/.cache/clip,
             else downloaded there; or a file: OpenAI's TorchScript archive, a state dict of OpenAI
             or open_clip, model.safetensors or pytorch_model.bin of Hugging Face, a checkpoint of
-            the official EZ-CLIP / T2L code.
+            the official EZ-CLIP / T2L code, or train.py's last.pt, which names its CLIP.
         num_frames: None for the checkpoint's, else 8. Prompts for another number of frames are
             interpolated linearly over time, a frame standing at the centre of its segment.
+        clip: where the CLIP of a last.pt is now, if not where it was in training.
         config_overrides: fields of Config that the file leaves open. The weights settle all sizes,
             a checkpoint also prompts, adapters and temporal_adapter.
 
-        `weights_sha256` of the model is the file's, `weights_adapted` tells whether it held prompts
-        or adapters. Raises OSError (no file, no download), or ValueError naming file and keys: what
-        is missing must be exactly the new modules, nothing may be left over or contradicted.
+        `weights_sha256` of the model is that of the file with CLIP's weights, `weights_adapted`
+        tells whether there were prompts or adapters. Raises OSError (no file, no download), or
+        ValueError naming file and keys: what is missing must be exactly the new modules, nothing
+        may be left over or contradicted.
         """
         path, sha256 = _locate(name_or_path)
-        file = _WeightsFile(path)
-        settled = file.settled()
+        files = [_WeightsFile(path)]
+        if files[0].partial or clip:
+            clip = clip or files[0].args["clip"]
+            backbone, sha256 = _locate(clip)
+            if sha256 != files[0].backbone_sha256:
+                raise ValueError(f"{path}: was trained on another CLIP than {clip}")
+            files = [_WeightsFile(backbone), *files]
+        settled = {name: value for file in files for name, value in file.settled().items()}
         frames = settled.pop("num_frames", Config.num_frames)
         for name, value in config_overrides.items():
             if settled.get(name, value) != value:
@@ -389,16 +421,23 @@ class EZCLIP(nn.Module):
                 blank = cls(config)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        parameters = file.tensors(blank)
+        parameters = {name: x for file in files for name, x in file.tensors(blank).items()}
         model = cls(config)
         model.load_state_dict({**model.state_dict(), **parameters})
-        model.weights_sha256, model.weights_adapted = sha256, file.adapted
+        model.weights_sha256 = sha256
+        model.weights_adapted = any(file.adapted for file in files)
         return model.eval()
 
 
+_CLIP_NAMES = re.compile(
+    r"(visual\.)?(transformer\.resblocks\.\d+\.)?("
+    r"(attn\.(in_proj_|out_proj\.)|mlp\.c_(fc|proj)\.|ln_\w+\.)(weight|bias)|conv1\.weight|"
+    r"(class|positional|token)_embedding(\.weight)?|proj|text_projection|logit_scale)")
+
+
 def is_new(name):
-    """Whether a parameter of this name is one of EZ-CLIP's additions to CLIP."""
-    return "temporal_prompts" in name or "adapter." in name
+    """Whether a parameter is none of CLIP's: it is trained and saved, and CLIP's files lack it."""
+    return not _CLIP_NAMES.fullmatch(name)
 
 
 def contrastive_loss(logits, labels):
@@ -432,6 +471,23 @@ def class_probabilities(video_features, text_features, logit_scale=100.0):
     (B, classes). The scale is that of the official evaluation.
     """
     return (logit_scale * _cosine(video_features, text_features)).softmax(-1).mean(0)
+
+
+def retrieval_scores(queries, query_labels, gallery, gallery_labels):
+    """Rank a gallery of clips for each query clip by the cosine of their features.
+
+    queries: (Q, E), gallery: (G, E), normalised here; their labels, (Q,) and (G,), are classes or
+    persons. Returns {"rank1", "rank5", "mAP"} in [0, 1]: the share of queries with a match among
+    the first 1 and 5, and the mean over queries of the average precision. A query without a match
+    in the gallery is a ValueError.
+    """
+    order = _cosine(queries, gallery).argsort(dim=1, descending=True, stable=True)
+    hits = (gallery_labels[order] == query_labels[:, None]).float()  # (Q, G)
+    if not hits.any(1).all():
+        raise ValueError(f"no clip of the gallery has label {query_labels[~hits.any(1)][0].item()}")
+    precision = hits.cumsum(1) / torch.arange(1, len(gallery) + 1, device=hits.device)
+    scores = {f"rank{k}": hits[:, :k].any(1).float().mean().item() for k in (1, 5)}
+    return {**scores, "mAP": ((precision * hits).sum(1) / hits.sum(1)).mean().item()}
 
 
 def _cosine(a, b):
@@ -495,6 +551,8 @@ class _WeightsFile:
     def __init__(self, path):
         self.path = path
         state = read_weights(path)
+        run = state if isinstance(state, dict) else {}  # of train.py, or nothing of the kind
+        self.backbone_sha256 = run.get("backbone_sha256")
         for key in ("model_state_dict", "state_dict"):
             if isinstance(state, dict) and isinstance(state.get(key), dict):
                 state = state[key]
@@ -510,7 +568,14 @@ class _WeightsFile:
         if sum(v.numel() * v.element_size() for v in self.state.values()) > os.path.getsize(path):
             raise ValueError(f"{path}: its tensors claim more bytes than the file has")
         added = re.compile(r".*(resblocks\.\d+\.(T_|temporal_)?[Aa]dapter\.|T_prompt|temporal_)")
-        self.adapted = any(map(added.match, self.state))
+        self.partial = bool(self.backbone_sha256) and "visual.conv1.weight" not in self.state
+        self.adapted = self.partial or any(map(added.match, self.state))
+        self.args, kinds = run.get("args"), dict(
+            clip=str, activation=str, num_frames=int, prompts=str, no_adapters=bool,
+            temporal_adapter=bool)
+        if self.partial and (type(self.args) is not dict or any(
+                type(self.args.get(name)) is not kind for name, kind in kinds.items())):
+            raise ValueError(f"{path}: is a damaged checkpoint")
         self.hugging_face = "vision_model.embeddings.class_embedding" in self.state
         official = any("Adapter." in key or "T_prompt" in key for key in self.state)
         self.names = _HUGGING_FACE if self.hugging_face else _OFFICIAL if official else ()
@@ -538,6 +603,10 @@ class _WeightsFile:
             rest = (key[len(prefix):] for key in self.state if key.startswith(prefix))
             return len({key.split(".")[0] for key in rest})
 
+        if self.partial:
+            settled = {name: self.args[name] for name in (
+                "activation", "num_frames", "prompts", "temporal_adapter")}
+            return {**settled, "adapters": not self.args["no_adapters"]}
         width, _, patch, _ = shape("visual.conv1.weight", 4)
         grid = math.isqrt(max(0, shape("visual.positional_embedding", 2)[0] - 1))
         context_length, text_width = shape("positional_embedding", 2)
@@ -566,7 +635,7 @@ class _WeightsFile:
         for name, parameter in model.named_parameters():
             keys = self.keys(name)
             if any(key not in left for key in keys):
-                if self.adapted or not is_new(name):
+                if self.adapted if is_new(name) else not self.partial:
                     missing += [key for key in keys if key not in left]
                 continue
             parts, shape = [left.pop(key) for key in keys], tuple(parameter.shape)

@@ -304,6 +304,30 @@ def test_recomputing_changes_nothing(settings, monkeypatch):
             near(gradient, runs[2][1][name], 0)
 
 
+@pytest.mark.parametrize("settings", [dict(), dict(prompts="shallow"), dict(
+    prompts="none", temporal_adapter=True)])
+def test_attention_maps_are_those_of_the_pass(settings):
+    model, (video, _) = small(**settings), golden_inputs(2, 4)
+    randomised(model)
+    blocks, inputs = model.visual.transformer.resblocks, {}
+    for block in blocks:
+        block.attn.register_forward_pre_hook(lambda attn, args: inputs.update({attn: args}))
+    with torch.no_grad():
+        features, maps = model.attention_maps(video)
+        assert maps.shape == (2, 4, 3, 2, 18)  # 1 + 16 + 1 tokens
+        for i, attn in enumerate(block.attn for block in blocks):
+            x, z, _ = inputs[attn]  # of the last call in the block, that over tokens
+            peer = nn.MultiheadAttention(128, 2, batch_first=True)
+            peer.load_state_dict(attn.state_dict())
+            keys = x if z is None else torch.cat([x, z], 1)
+            weights = peer(x, keys, keys, average_attn_weights=False)[1][:, :, 0]  # (B*T, H, L+C)
+            near(maps[:, :, i].flatten(0, 1)[..., :weights.shape[-1]], weights, 1e-6)
+            assert maps[:, :, i, :, -1].all() if z is not None else not maps[:, :, i, :, -1].any()
+        near(maps.sum(-1), torch.ones(2, 4, 3, 2), 1e-6)
+        near(features, model.encode_frames(video), 0)
+    assert not any(block.attn.watch for block in blocks)
+
+
 @pytest.mark.parametrize("what", ["encode_video", "encode_text", "step"])
 def test_counted_flops_are_those_of_the_model(what, monkeypatch):
     sys.path.insert(0, str(HERE / "benchmarks"))
@@ -403,6 +427,19 @@ def test_losses_are_finite_at_their_limits(dtype):
     probabilities = class_probabilities(texts[0, 7000:7003].to(dtype), texts.to(dtype))
     near(probabilities.sum(1), torch.ones(3), 1e-4)
     assert probabilities.argmax(1).tolist() == [7000, 7001, 7002]
+
+
+def test_retrieval_by_hand():
+    gallery = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.5, 0.5], [0.0, 1.0], [-1.0, 0.0]])
+    labels = torch.tensor([7, 3, 7, 3, 7])  # found at ranks 1, 3, 5, and by the other at 1, 3
+    scores = ezclip.retrieval_scores(torch.tensor([[2.0, 0.0], [0.0, 3.0]]), torch.tensor([7, 3]),
+                                     gallery, labels)
+    precision = (1 + 2 / 3 + 3 / 5) / 3, (1 + 2 / 3) / 2
+    assert scores == pytest.approx(dict(rank1=1.0, rank5=1.0, mAP=sum(precision) / 2))
+    scores = ezclip.retrieval_scores(gallery[:1], torch.tensor([3]), gallery, labels)
+    assert scores == pytest.approx(dict(rank1=0.0, rank5=1.0, mAP=(1 / 2 + 2 / 4) / 2))
+    with pytest.raises(ValueError, match="no clip of the gallery has label 9"):
+        ezclip.retrieval_scores(gallery[:2], torch.tensor([3, 9]), gallery, labels)
 
 
 def test_class_probabilities_average_over_templates():
@@ -1556,11 +1593,92 @@ def test_checkpoints_are_evaluated(world, tmp_path):
             (world.clip, [], "is plain CLIP"),
             ("none.pt", [], "none.pt"),
             ("run/last.pt", ["--clip", tmp_path / "other.pt"], "another CLIP"),
-            ("run/last.pt", ["--num-frames", 2], "a model of these flags")):
+            ("run/last.pt", ["--prompts", "deep"], "has prompts 'shallow', not 'deep'")):
         flags = [*evaluate, "--checkpoint", tmp_path / file, *flags, "--out", tmp_path / "no"]
         status, errors = command(flags)
         assert status == 2 and words in errors and errors.count("\n") == 1, errors
     assert not (tmp_path / "no").exists()
+
+
+def test_a_checkpoint_is_loaded_like_any_weights_file(world, tmp_path):
+    """By one call, with the CLIP that it names, or that moved; prompts go to other frame counts."""
+    train.run([*world.common, "--epochs", "1", "--out", str(tmp_path / "run")])
+    path, moved = tmp_path / "run/last.pt", tmp_path / "moved.pt"
+    shutil.copy(world.clip, moved)
+    saved, clip = torch.load(path, weights_only=True), torch.load(moved, weights_only=True)
+    model = EZCLIP.from_pretrained(path)
+    assert model.config.num_frames == 4 and model.weights_adapted and not model.training
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, (saved["state_dict"] if ezclip.is_new(name) else clip)[name])
+    again = EZCLIP.from_pretrained(path, clip=moved).state_dict()
+    assert all(torch.equal(value, again[name]) for name, value in model.state_dict().items())
+    prompts = EZCLIP.from_pretrained(path, num_frames=2).visual.transformer.temporal_prompts
+    expected = model.visual.transformer.temporal_prompts.unflatten(1, (2, 2)).mean(2)
+    near(prompts, expected)
+    torch.save({**clip, "logit_scale": torch.tensor(1.0)}, moved)
+    for change, settings, word in (
+            ({}, dict(clip=moved), "last.pt: was trained on another CLIP than .*moved.pt"),
+            ({}, dict(prompts="none"), "has prompts 'deep', not 'none'"),
+            ({"args": {}}, {}, "damaged checkpoint"),
+            ({"state_dict": {}}, {}, "missing: .*adapter.fc1"),
+            ({"state_dict": saved["state_dict"] | {"a": torch.ones(1)}}, {}, "unexpected: a$")):
+        torch.save({**saved, **change}, path)
+        with pytest.raises(ValueError, match=word):
+            EZCLIP.from_pretrained(path, **settings)
+
+
+def test_predictions(world, tmp_path, capsys, monkeypatch):
+    train.run([*world.common, "--epochs", "1", "--out", str(tmp_path / "run")])
+    video, folder = tmp_path / "wave.avi", f"{world.frames}/Clap/clip1"
+    make_video(video)
+    names = ["ride a bike", "clap", "wave", "jump", "archery", "run fast"]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+    flags = ["--predict", str(video), folder, "--checkpoint", str(tmp_path / "run/last.pt")]
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    train.main([*flags, "--class-names", *names, "--picture", "seen.png"])
+    lines, files = capsys.readouterr().out.splitlines(), sorted(tmp_path.rglob("*"))
+    assert lines[0] == str(video) and lines[6] == folder and len(lines) == 12
+    assert len({len(line) for line in lines[1:6] + lines[7:]}) == 1
+    assert Image.open("seen.png").size[0] > 400
+    train.main([*flags, "--class-names", "names.txt", "--json"])
+    said = json.loads(capsys.readouterr().out)["videos"]
+    assert [v["video"] for v in said] == [str(video), folder]
+
+    model = EZCLIP.from_pretrained(tmp_path / "run/last.pt")
+    clips = torch.stack([data.load_clip(path, 4, 32) for path in (video, folder)])
+    tokens = torch.stack([clip_tokenizer.tokenize([t.replace("{}", name) for name in names])
+                          for t in data.TEMPLATES])
+    with torch.no_grad():
+        texts = model.encode_text(tokens.flatten(0, 1)).unflatten(0, (16, 6))
+        expected = class_probabilities(model.encode_video(clips), texts)
+    for v, p, printed in zip(said, expected, (lines[1:6], lines[7:])):
+        best = p.argsort(descending=True)[:5]
+        assert [c["class"] for c in v["classes"]] == [names[i] for i in best]
+        assert [c["probability"] for c in v["classes"]] == pytest.approx(p[best].tolist(), abs=1e-5)
+        assert [line.split()[:-2] for line in printed] == [names[i].split() for i in best]
+
+    train.main(flags)  # the classes of the checkpoint
+    lines = capsys.readouterr().out.splitlines()
+    assert sorted(line.split()[0] for line in lines[1:4]) == ["Archery", "BabyCrawling", "Clap"]
+    train.main([*flags[:3], "--clip", world.clip, "--class-names", "clap", "--json"])
+    said = capsys.readouterr()
+    assert "plain CLIP, without prompts" in said.err and json.loads(said.out)["prompts"] == "none"
+    assert json.loads(said.out)["videos"][1]["classes"] == [{"class": "clap", "probability": 1.0}]
+    for more, word in ((["none.mp4"], "none.mp4: no such video"),
+                       (["names.txt"], "names.txt: is no readable video"),
+                       ([f"{world.frames}/Clap"], "Clap: holds no frames"),
+                       ([folder, "--class-names", "gone.txt"], "gone.txt"),
+                       ([folder, "--class-names", "a b", "A_b"], "has a name twice"),
+                       ([folder, "--clip", world.clip], "--class-names is needed"),
+                       ([folder, "--data", world.frames], "--predict goes without --data"),
+                       ([folder, "--picture", "gone/a.png"], "gone/a.png: cannot be written")):
+        start = ["--checkpoint", tmp_path / "run/last.pt"] if "needed" not in word else []
+        status, errors = command([*start, "--predict", *more])
+        assert status == 2 and errors.splitlines()[-1].startswith("error: "), errors
+        assert word in errors and "Traceback" not in errors, errors
+    assert "without --json" in command([*world.common, "--json"])[1]
+    assert sorted(tmp_path.rglob("*")) == files
 
 
 def test_accuracy_counts_every_clip(world):
@@ -1803,8 +1921,8 @@ def mistakes(tmp_path):
     ("--eval-data frames=frames,{}.txt", "frames is another test set already"),
     ("--base-to-novel --shots 9", "training clips"),
     ("--seed 1 2 1", "--seed has a number twice"),
-    ("--ablate --prompts none", "--ablate has its own --prompts"),
-    ("--demo", "--demo has its own --data")])
+    ("--ablate --prompts none", "--ablate goes without --prompts"),
+    ("--demo", "--demo goes without --data")])
 def test_bad_input_is_one_line_and_status_2(flags, word, mistakes, world, monkeypatch):
     monkeypatch.chdir(mistakes)
     files = sorted(mistakes.rglob("*"))

@@ -1,4 +1,4 @@
-"""Train and evaluate EZ-CLIP on folders of frames.
+"""Train and evaluate EZ-CLIP on folders of frames, and predict what videos show.
 
     python train.py --data ucf101_frames                       # train, then evaluate
     python train.py --resume --out runs/ucf101_frames          # continue a stopped run
@@ -7,6 +7,8 @@
     python train.py --data ucf101_frames --base-to-novel --seed 1 2 3
     python train.py --data ucf101_frames --ablate
     python train.py --demo                                     # no data, no weights, five minutes
+    python train.py --checkpoint runs/ucf101_frames/last.pt \\
+        --predict video.mp4 --class-names "arm wrestling" "flipping a pancake" --picture video.png
 
 A run's folder receives last.pt, log.csv, curves.png, confusion.png and results.json.
 """
@@ -57,8 +59,8 @@ def text_that(fits, problem):
 
 
 def parser():
-    p = Parser(allow_abbrev=False, description="Train and evaluate EZ-CLIP on "
-               "folders of frames. In parentheses: what holds without a flag.")
+    p = Parser(allow_abbrev=False, description="Train and evaluate EZ-CLIP on folders of frames, "
+               "and predict what videos show. In parentheses: what holds without a flag.")
     flag = p.add_argument
     # data
     flag("--data", help="folder of frames: <class>/<clip>/img_00001.jpg")
@@ -119,6 +121,12 @@ def parser():
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     flag("--device", type=usable_device, default="cuda" if cuda else "mps" if mps else "cpu",
          help="cuda, cuda:1, mps or cpu (%(default)s)")
+    flag("--predict", nargs="+", metavar="VIDEO",
+         help="name what videos show, folders of frames or files, with --checkpoint or --clip")
+    flag("--class-names", nargs="+", metavar="NAME",
+         help="the names to choose from, or a file of names (those of the checkpoint's training)")
+    flag("--json", action="store_true", help="predictions as JSON; all else goes to stderr")
+    flag("--picture", metavar="FILE", help="a PNG of the frames and what the model looks at there")
     flag("--ablate", action="store_true", help="CLIP and each part of the method, one by one")
     flag("--demo", action="store_true", help="the method on a rendered world; needs no --data")
     return p
@@ -157,8 +165,9 @@ def parse(argv):
     --checkpoint of another kind is the official code's: CLIP and what was learnt, in one file."""
     p = parser()
     args = p.parse_args(argv)
-    if not (args.data or args.resume and args.out or args.eval_only and args.eval_data):
-        raise ValueError("--data is needed, a folder of frames (or --demo)")
+    if not (args.data or args.resume and args.out or args.eval_only and args.eval_data
+            or args.predict):
+        raise ValueError("--data is needed, a folder of frames (or --predict, or --demo)")
     out = run_folder(args)
     resumed = args.resume and (out / "last.pt").exists()
     path = out / "last.pt" if resumed else args.checkpoint
@@ -183,6 +192,8 @@ def parse(argv):
         saved, args.clip = None, args.checkpoint or args.clip or "ViT-B/16"
     if not (args.data or args.eval_only):
         raise ValueError(f"{out}: no run to resume there, and no --data to start one")
+    if saved:
+        del saved["state_dict"]  # build_model has it read where it is needed
     args.out, args.resume, (args.seed, *_) = str(out), resumed, args.seeds
     return args, saved, path
 
@@ -265,22 +276,14 @@ def build_model(args, saved, path):
     given |= {"adapters": False} if args.no_adapters else {}
     given |= {"temporal_adapter": True} if args.temporal_adapter else {}
     torch.manual_seed(args.seed)  # of the new modules
-    model = EZCLIP.from_pretrained(args.clip, args.num_frames, **given)
+    files = (path, args.num_frames, args.clip) if saved else (args.clip, args.num_frames)
+    model = EZCLIP.from_pretrained(*files, **given)
     if path and not saved and not model.weights_adapted:
         raise ValueError(f"{args.clip}: is plain CLIP, to be given as --clip")
     if model.config.vocab_size != 49408:
         raise ValueError(f"{args.clip}: has another vocabulary than CLIP")
     if args.tune == "new":
         model.freeze_backbone()
-    if saved:
-        if saved["backbone_sha256"] != model.weights_sha256:
-            raise ValueError(f"{path}: was trained on another CLIP than {args.clip}")
-        old, new = saved["state_dict"], trained(model)
-        wrong = [name for name in {**old, **new} if name not in old or name not in new
-                 or getattr(old[name], "shape", None) != new[name].shape]
-        if wrong:
-            raise ValueError(f"{path}: does not fit a model of these flags: {wrong[0]}")
-        model.load_state_dict({**model.state_dict(), **saved["state_dict"]})
     for tower in (model.visual, model.transformer) if args.compile else ():
         tower.compile()
     args.num_frames, args.prompts = model.config.num_frames, model.config.prompts
@@ -314,6 +317,22 @@ def autocast(args):
     return torch.autocast("cuda", torch.bfloat16, enabled=args.device.startswith("cuda"))
 
 
+def text_features(classes, args, model):
+    """Features of every template and class, (templates, classes, E)."""
+    tokens = tokens_of(classes, args, model)
+    with autocast(args):
+        texts = [model.encode_text(t.to(args.device)) for t in tokens.flatten(0, 1).split(512)]
+    return torch.cat(texts).view(*tokens.shape[:2], -1)
+
+
+def classify(features, texts):
+    """Probabilities of the classes, (B, classes), and the at most five best of them, (B, 5)."""
+    probabilities = class_probabilities(features, texts).cpu()
+    if not probabilities.isfinite().all():
+        raise ValueError("the model's features are not finite: its weights are broken")
+    return probabilities, probabilities.topk(min(5, probabilities.shape[1])).indices
+
+
 @torch.inference_mode()
 def evaluate(model, split, args):
     """Zero-shot classification of every clip of a Split: accuracies in per cent, what is confused,
@@ -323,22 +342,16 @@ def evaluate(model, split, args):
     dataset = data.Clips(split, args.num_frames, model.config.image_size)
     batches = [[(0, i) for i in range(start, min(start + args.batch_size, n))]
                for start in range(0, n, args.batch_size)]
-    tokens, hits = tokens_of(classes, args, model), 0
-    confusion = np.zeros((len(classes), len(classes)), int)
+    confusion, hits = np.zeros((len(classes), len(classes)), int), 0
     torch.manual_seed(args.seed)  # of --shuffle-frames
-    with autocast(args):
-        texts = [model.encode_text(t.to(args.device)) for t in tokens.flatten(0, 1).split(512)]
-    texts = torch.cat(texts).view(*tokens.shape[:2], -1)  # (templates, classes, E)
+    texts = text_features(classes, args, model)
     stream = data.loader(dataset, batches, args.workers)
     for videos, labels, _ in tqdm(stream, "test", len(batches), leave=False, disable=None):
         if args.shuffle_frames:
             videos = torch.stack([video[torch.randperm(len(video))] for video in videos])
         with autocast(args):
             features = model.encode_video(videos.to(args.device))
-        probabilities = class_probabilities(features, texts)
-        if not probabilities.isfinite().all():
-            raise ValueError("the model's features are not finite: its weights are broken")
-        best = probabilities.topk(min(5, len(classes))).indices.cpu()
+        _, best = classify(features, texts)
         hits += (best == labels[:, None]).sum().item()
         np.add.at(confusion, (labels, best[:, 0]), 1)
     counts, right = confusion.sum(1).tolist(), confusion.diagonal().tolist()
@@ -416,7 +429,8 @@ def write(path, save):
 def uninterrupted():
     """Signals wait for the end of the block: Ctrl-C, SIGTERM, and the death of a process that loads
     clips, of which PyTorch makes an error."""
-    waiting, numbers = [], {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGCHLD", signal.SIGINT)}
+    waiting, numbers = [], {signal.SIGINT, signal.SIGTERM}
+    numbers |= {signal.SIGCHLD} if hasattr(signal, "SIGCHLD") else set()  # Windows has none
     before = {n: signal.signal(n, lambda *args: waiting.append(args)) for n in numbers}
     try:
         yield
@@ -497,8 +511,7 @@ def train(model, split, tests, args, saved):
 
     def save(path):
         if not all(p.isfinite().all() for p in new.values()):
-            raise ArithmeticError(f"step {step}: the weights are no longer finite; {out / 'last.pt'}"
-                                  " is what it was before")
+            raise ArithmeticError(f"step {step}: the weights are no longer finite, and not saved")
         with open(path, "wb") as file:  # of which torch.save hands on what goes wrong
             torch.save({"state_dict": {name: p.detach() for name, p in new.items()},
                         "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
@@ -659,6 +672,44 @@ def plot_demo(path, frames, results):
     save_figure(fig, path)
 
 
+def plot_predictions(path, videos):
+    """For each of (title, clip, attention maps): its frames, and under each of them what its class
+    token attends to: the patches and, layer by layer, the temporal prompt token."""
+    T, layers = videos[0][2].shape[:2]
+    prompts = any(maps[..., -1].any() for _, _, maps in videos)
+    side = min(0.95, 7.6 / T)
+    rows = {"frames": side, "patches": side, **({"prompt": 0.08 * layers + 0.3} if prompts else {})}
+    mosaic = [[f"{row} {i}", f"{row} bar {i}"] for i in range(len(videos)) for row in rows]
+    fig, axes = figure(side * T + 1.8, (sum(rows.values()) + 0.8) * len(videos), mosaic,
+                       height_ratios=[*rows.values()] * len(videos), width_ratios=[side * T, 0.1])
+    style = dict(cmap="cividis", vmin=0, aspect="auto", interpolation="nearest")
+    for i, (title, clip, maps) in enumerate(videos):
+        maps = 100 * maps.mean(2).numpy()  # of the heads, (T, layers, L+1), in per cent
+        grid = math.isqrt(maps.shape[2] - 2)
+        patches, images = maps[:, -1, 1:-1].reshape(T, grid, grid), {}
+        for t in range(T):
+            box = (t + 0.52, t + 1.48, 0, 1)
+            axes[f"frames {i}"].imshow(clip[t].permute(1, 2, 0).numpy(), extent=box, aspect="auto")
+            images["patches"] = axes[f"patches {i}"].imshow(
+                patches[t], extent=box, vmax=np.quantile(patches, 0.995), **style)
+        if prompts:
+            images["prompt"] = axes[f"prompt {i}"].imshow(
+                maps[..., -1].T, extent=(0.5, T + 0.5, layers + 0.5, 0.5), **style)
+            axes[f"prompt {i}"].set(ylabel="layer", yticks=[1, layers])
+        for row, image in images.items():
+            fig.colorbar(image, axes[f"{row} bar {i}"], label=f"to the {row}\n(% of attention)",
+                         extend="max" if row == "patches" else "neither")
+        for row in rows:
+            axes[f"{row} {i}"].set(xlim=(0.5, T + 0.5), xticks=[])
+            axes[f"{row} {i}"].spines[:].set_visible(False)
+        axes[f"frames {i}"].set_title(title, fontsize=10)
+        axes[f"frames {i}"].set_yticks([])
+        axes[f"patches {i}"].set(yticks=[], ylabel="last layer")
+        axes[f"{row} {i}"].set(xlabel="frame", xticks=range(1, T + 1))
+        axes[f"frames bar {i}"].axis("off")
+    save_figure(fig, path)
+
+
 def recorded(job):
     """A job of a command line whose result also goes to results.json in its folder."""
     def wrapper(argv, *rest):
@@ -705,7 +756,7 @@ def refuse(args, flags, job):
     usual = vars(parser().parse_args([]))
     for flag in flags:
         if getattr(args, flag) != usual[flag]:
-            raise ValueError(f"{job} has its own --{flag.replace('_', '-')}")
+            raise ValueError(f"{job} goes without --{flag.replace('_', '-')}")
 
 
 def without(argv, *flags):
@@ -761,6 +812,52 @@ def repeat(argv, job):
     return args, {"results": results, "runs": runs}
 
 
+PREDICTING = ("predict", "class_names", "json", "picture")
+FILES_OF_NAMES = (".txt", ".csv", ".json")
+
+
+def predict(argv):
+    """Name what videos show: the best five of the classes for each of them."""
+    args = parser().parse_args(argv)
+    refuse(args, [flag for flag in vars(args) if flag not in (
+        *PREDICTING, *MODEL, "checkpoint", "templates", "descriptions", "device")], "--predict")
+    wanted, videos = args.class_names or (), []
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        args, saved, path = parse([*argv, "--eval-only"])
+        if len(wanted) == 1 and (Path(*wanted).is_file() or Path(*wanted).suffix in FILES_OF_NAMES):
+            wanted = [name for _, name, _ in data.read_classes(*wanted)]
+        classes = wanted or (saved["classes"] if saved else [])
+        if not classes:
+            raise ValueError("--class-names is needed, the names to choose from, or a file of them")
+        if len(set(map(data.class_text, classes))) < len(classes):
+            raise ValueError("--class-names has a name twice")
+        model = build_model(args, saved, path).eval()
+        with torch.inference_mode():
+            texts = text_features(classes, args, model)
+            for video in tqdm(args.predict, "videos", leave=False, disable=None):
+                clip = data.load_clip(video, args.num_frames, model.config.image_size)
+                with autocast(args):
+                    frames, maps = model.attention_maps(clip[None].to(args.device))
+                (p,), (best,) = classify(model.pool(frames.float()), texts)
+                best = [(classes[k], p[k].item()) for k in best]
+                videos.append((video, best, clip, maps[0].float().cpu()))
+        if args.picture:
+            plot_predictions(Path(args.picture), [
+                (f"{video}: {best[0][0]}, {100 * best[0][1]:.1f} %", clip, maps)
+                for video, best, clip, maps in videos])
+    content = {"clip": args.clip, "checkpoint": args.checkpoint, "num_frames": args.num_frames,
+               "prompts": args.prompts, "videos": [
+                   {"video": video, "classes": [{"class": name, "probability": round(p, 6)}
+                                                for name, p in best]}
+                   for video, best, *_ in videos]}
+    width = max(len(name) for _, best, *_ in videos for name, _ in best)
+    if args.json:
+        print(json.dumps(content, indent=1))
+    for video, best, *_ in [] if args.json else videos:
+        print(video, *(f"  {name:<{width}}  {100 * p:5.1f} %" for name, p in best), sep="\n")
+    return content
+
+
 PRETRAINING = ("--tune all --num-frames 1 --prompts none --no-adapters --motion-weight 0 "
                "--epochs 5 --batch-size 128 --lr 1e-3 --weight-decay 0.02")
 ADAPTATION = "--shots 32 --num-frames 4 --epochs 33 --batch-size 32 --lr 8e-3 --prompt-lr 0.3"
@@ -799,6 +896,9 @@ def demo(argv):
 
 def main(argv):
     args = parser().parse_args(argv)
+    if args.predict:
+        return predict(argv)
+    refuse(args, PREDICTING, "what is no --predict")
     job = demo if args.demo else ablate if args.ablate else run
     return repeat(argv, job) if len(args.seeds) > 1 else job(argv)
 
