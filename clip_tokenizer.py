@@ -8,7 +8,8 @@
 The ids are those of OpenAI's CLIP for any string. Text becomes ids in four steps:
 
   1. clean: mend broken Unicode (ftfy), resolve HTML entities twice, fold white space, lower-case;
-  2. split into words: letters together, every digit alone, other characters together;
+  2. split into words: 's, 't, 'll and the like, else letters together, every digit alone, and
+     other characters together;
   3. write each word as UTF-8 bytes, each byte as one printable character, "</w>" on the last;
   4. merge neighbours, the pair that comes first in the vocabulary file before all others.
 
@@ -83,7 +84,10 @@ def encode(text):
 
 
 def decode(ids):
-    """The text of ids (a list or a 1-D tensor): lower-cased, with a blank after every word."""
+    """The text of ids (a list or a 1-D tensor): lower-cased, with a blank after every word.
+
+    Padding reads as "!", whose id is 0 too; an id of 49408 or more is an IndexError.
+    """
     tokens = list(_vocabulary()[0])
     byte_of = {character: byte for byte, character in _byte_characters().items()}
     text = "".join(tokens[int(i)] for i in ids)

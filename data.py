@@ -54,7 +54,7 @@ def at_least(minimum, kind=int):
     def parse(text):
         value = kind(text)
         if not minimum <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {text}")
+            raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, not {text}")
         return value
     parse.__name__ = kind.__name__  # for argparse's messages
     return parse
@@ -74,14 +74,14 @@ def class_key(name):
 # ---- which clips there are ----
 
 class Split(NamedTuple):
-    """Clips of a data set: pairs of a folder below `root` and the position of its class."""
+    """Clips of a data set: pairs of a folder below `root` and its class's index in `classes`."""
     root: Path
     classes: list
     clips: list
     source: str  # the list or the rule that chose them
 
     def only(self, keys):
-        """The clips of the classes of some `class_key`s."""
+        """The Split of those classes whose `class_key` is in `keys`."""
         kept = [k for k, name in enumerate(self.classes) if class_key(name) in keys]
         position = {k: i for i, k in enumerate(kept)}
         return self._replace(classes=[self.classes[k] for k in kept], clips=[
@@ -101,14 +101,14 @@ class Split(NamedTuple):
 
 def index_frames(root, train_list=None, test_list=None, labels=None, allow_missing=False,
                  whole=False):
-    """Find the clips below `root` and their classes; no clip's own folder is listed for that.
+    """Find the clips below `root` and their classes, without listing the frames of every clip.
 
-    Lists (see `_read_list`) name clips by paths, of which the longest tail below root counts, and
-    classes by name, by numbers of `labels` (see `read_classes`), or not at all: then class folders
-    do, and numbers have to agree with them. Classes are those of `labels`, else of the lists, else
-    the folders. Without lists UCF101's names give its split 1, a folder train beside others that
-    split, and all else a stable one: of each class the max(1, n // 5) clips with the smallest name
-    hash are for testing, the only clip never. `whole`: all clips are for testing.
+    Lists (see `_read_list`) name clips by paths, matched by the longest tail that exists below
+    root, and classes by name, by numbers of `labels` (see `read_classes`), or not at all: then
+    class folders do, and numbers have to agree with them. Classes are those of `labels`, else of
+    the lists, else the folders. Without lists UCF101's names give its split 1, a folder train
+    beside others that split, and all else a stable one: of each class the max(1, n // 5) clips with
+    the smallest name hash are for testing, but never a class's only clip. `whole`: all clips are.
 
     Prints what it found; returns a training and a test Split. Raises OSError or ValueError that
     names the folder, or list and line, and for clips without a folder unless `allow_missing`.
@@ -120,7 +120,8 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
     folders, given = _clip_folders(root), {class_key(name): name for name in names.values()}
     flat, splits, found, numbers = "/" not in folders[0], ({}, {}), {}, {}
     if flat and not any(lists):
-        raise ValueError(f"{root}: clips without class folders need lists and --labels")
+        raise ValueError(f"{root}: clips without class folders need --train-list or --test-list, "
+                         "and --labels")
     entries = [(i, *entry) for i, path in enumerate(lists) if path
                for entry in _match(path, i, folders, root, allow_missing)]
     entries = entries or [(1, root, clip, clip.split("/")[-2], None) for clip in folders]
@@ -130,7 +131,8 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
         name = label if isinstance(label, str) else names.get(label, folder)
         key, there = class_key(name or ""), class_key(folder or "")
         if not name or given and key not in given:
-            raise ValueError(f"{where}: {clip} has no class of {labels or 'known name: --labels'}")
+            raise ValueError(f"{where}: the class of {clip} " + (
+                f"is not in {labels}" if labels else "has no name; --labels names numbers"))
         if there != key and (there in given or not (flat or given)):
             raise ValueError(f"{where}: {clip} is {name} by its label, but lies in {folder}")
         if isinstance(label, int) and not given and (
@@ -253,8 +255,10 @@ def _match(path, which, folders, root, allow_missing):
     if missing:
         problem = (f"{path}: {len(missing)} of {len(entries)} clips have no folder below {root}: "
                    + ", ".join(missing[:10] + ["..."] * (len(missing) > 10)))
-        if not allow_missing or len(missing) == len(entries):
-            raise ValueError(problem + "; --allow-missing leaves them out")
+        if len(missing) == len(entries):
+            raise ValueError(f"{problem}; is that the right folder?")
+        if not allow_missing:
+            raise ValueError(f"{problem}; --allow-missing leaves them out")
         print(f"warning: {problem}; of classes that are left without clips only those in --labels "
               "count", file=sys.stderr)
 
@@ -368,7 +372,8 @@ def frame_names(folder, needed=True):
         names = [e.name for e in entries if e.name.lower().endswith(IMAGES)
                  and not re.match(r"(flow_)?[xy]_|\.", e.name)]
     if needed and not names:
-        raise ValueError(f"{folder}: holds no frames")
+        hint = ", but videos" if _videos(Path(folder)) else ""
+        raise ValueError(f"{folder}: holds no frames{hint}")
     return sorted(names, key=lambda n: (int((re.findall(r"\d+", n) or [0])[-1]), n))
 
 
@@ -403,7 +408,8 @@ def sample_frames(count, num_frames, rng=None):
 
 
 def random_crop(rng):
-    """A draw of TSN's multi-scale crop: (width, height) as scales of the shorter side, place."""
+    """A draw of TSN's multi-scale crop: (width, height) as scales of the shorter side, and (x, y)
+    in quarters of the room that is left."""
     scales = (1, 0.875, 0.75, 0.66)
     pairs = [(w, h) for i, w in enumerate(scales) for j, h in enumerate(scales) if abs(i - j) <= 1]
     places = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0),
@@ -452,6 +458,8 @@ def load_clip(path, num_frames, image_size, rng=None, augment=False, flip=False)
     folder = Path(path)
     if not folder.exists():
         raise ValueError(f"{path}: no such video, nor folder of frames")
+    if augment and rng is None:
+        raise ValueError("augment needs a generator, rng")
     if folder.is_file():
         with tempfile.TemporaryDirectory() as frames:
             said = decode_video(folder, frames)
@@ -509,7 +517,8 @@ def _start_worker(_):
 
 
 def loader(clips, batches, workers, pin_memory=False):
-    """Yield (videos, labels, indices) for `batches` of keys; a bad frame is a ValueError."""
+    """Yield videos (B, T, 3, S, S) uint8, labels (B,) and indices (B,) for each of `batches`, lists
+    of keys; a bad frame is a ValueError."""
     for batch in DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=_collate,
                             pin_memory=pin_memory, worker_init_fn=_start_worker):
         if isinstance(batch, Exception):
@@ -697,6 +706,8 @@ def command(run):
         return run()
     except (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError) as error:
         status, text = 2, str(error)
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"
     except KeyboardInterrupt as error:
         status, text = 130, str(error) or "stopped"
     except RuntimeError as error:
@@ -710,7 +721,8 @@ def command(run):
 
 def main():
     parser = Parser(description="Frames for train.py.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True,
+                                     metavar="{extract,check,demo}")
     extracting = commands.add_parser("extract", help="turn videos into folders of frames")
     extracting.add_argument("videos", help="class folders of videos, or a folder of videos")
     extracting.add_argument("frames", help="the folder to write to; continued if it exists")
@@ -720,7 +732,7 @@ def main():
     checking.add_argument("--workers", type=at_least(1), help="clips at a time (all cores)")
     rendering = commands.add_parser("demo", help="render the demo world")
     rendering.add_argument("dir", help="the folder to create")
-    rendering.add_argument("--seed", type=at_least(0), default=0)
+    rendering.add_argument("--seed", type=at_least(0), default=0, help="random seed (%(default)s)")
     args = parser.parse_args()
     if args.command == "extract":
         extract(args.videos, args.frames, args.workers)

@@ -55,9 +55,9 @@ class Config:
     """Sizes and switches of a model; the defaults are ViT-B/16 with the paper's settings.
 
     prompts: "deep" (in every layer), "shallow" (in layer 0) or "none"; with "none" and fresh
-    adapters the model is CLIP, frame by frame. activation: "quick_gelu", or "gelu" for the models
-    trained by open_clip (no weight tells which). The rates are those of the last layer and grow
-    linearly from 0 in the first, but for prompt_dropout. Raises ValueError for a bad value.
+    adapters the model is CLIP, frame by frame. activation: "quick_gelu", or "gelu" for open_clip's
+    models whose names lack -quickgelu (no weight tells). The rates are those of the last layer and
+    grow linearly from 0 in the first, but for prompt_dropout. Raises ValueError for a bad value.
     """
     embed_dim: int = 512
     image_size: int = 224
@@ -76,7 +76,7 @@ class Config:
     drop_path: float = 0.1
     attention_dropout: float = 0.1
     prompt_dropout: float = 0.1
-    recompute: bool = False         # each block again in the backward pass: less memory, more time
+    recompute: bool = False         # gradient checkpointing of each block: less memory, more time
 
     def __post_init__(self):
         allowed = {"activation": ("quick_gelu", "gelu"), "prompts": ("deep", "shallow", "none")}
@@ -89,7 +89,8 @@ class Config:
             if value not in allowed.get(field.name, (value,)):
                 raise ValueError(f"{field.name} is one of {allowed[field.name]}, not {value!r}")
         if self.image_size % self.patch_size:
-            raise ValueError(f"image_size {self.image_size} is no multiple of {self.patch_size}")
+            raise ValueError(f"image_size {self.image_size} is no multiple of patch_size "
+                             f"{self.patch_size}")
 
 
 class QuickGELU(nn.Module):
@@ -117,11 +118,11 @@ class Attention(nn.Module):
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
         self.dropout, self.causal = dropout, causal
-        self.watch = None  # or what gets queries and keys, see attention_maps
+        self.watch = None  # or a function of queries and keys, see attention_maps
 
     def forward(self, x, context=None, only=None):
-        """(N, L, D) -> (N, L, D): every token of x asks x, and `context` (N, C, D) where there is
-        one. With `only`, a position in each sequence, -> (N, 1, D): only that token asks."""
+        """(N, L, D) -> (N, L, D): x attends to itself and, where given, to `context` (N, C, D).
+        With `only`, a position in each sequence, -> (N, 1, D): that token is the only query."""
         N, L, D = x.shape
         weight, bias, dropout = self.in_proj_weight, self.in_proj_bias, self.dropout
         mask = None
@@ -160,7 +161,7 @@ def _attend(q, k, v, dropout):
 
 
 def recomputed(function, *args):
-    """function(*args), of which the backward pass gets the arguments and computes the rest anew."""
+    """function(*args), checkpointed: the backward pass computes its inside again."""
     if not torch.is_grad_enabled():
         return function(*args)
     return checkpoint(function, *args, use_reentrant=False)
@@ -196,7 +197,7 @@ class Block(nn.Module):
         self.drop_rate = depth * config.drop_path
 
     def drop_path(self, x, num_clips):
-        """Drop the whole of a clip's branch, all of its frames together."""
+        """Stochastic depth: drop the branch of a whole clip, all of its frames together."""
         if not self.training or self.drop_rate == 0:
             return x
         keep = x.new_empty(num_clips, 1).bernoulli_(1 - self.drop_rate) / (1 - self.drop_rate)
@@ -204,7 +205,7 @@ class Block(nn.Module):
 
     def forward(self, x, num_frames, prompt=None, only=None):
         """x: (B*T, L, D), the frames of a video adjacent (texts: T = 1); prompt: (T, D) or None.
-        Returns as much, or (B*T, 1, D) of the tokens at the positions `only`."""
+        Returns (B*T, L, D), or (B*T, 1, D): the tokens at the positions `only`."""
         (BT, L, D), T = x.shape, num_frames
         B = BT // T
         if self.temporal_adapter is not None:
@@ -338,14 +339,15 @@ class EZCLIP(nn.Module):
         return self.pool(self.encode_frames(video))
 
     def attention_maps(self, video):
-        """What the class token of each frame looks at, layer by layer, from one ordinary pass.
+        """The attention of each frame's class token in every layer, from one ordinary pass.
 
         Returns the frame features of `encode_frames`, (B, T, E), and the weights of the softmax,
-        (B, T, layers, H, L+1): for the class token itself, for the patches row by row, and last for
-        the temporal prompt token, which is 0 in layers without one.
+        (B, T, layers, H, L+1), without gradient: for the class token itself, for the patches row by
+        row, and last for the temporal prompt token, which is 0 in layers without one.
         """
         blocks, maps = self.visual.transformer.resblocks, {}
         for i, block in enumerate(blocks):
+            @torch.no_grad()
             def watch(q, k, i=i):  # a block's last call is the one over the tokens of a frame
                 maps[i] = (q[:, :, :1] * q.shape[-1] ** -0.5 @ k.mT).softmax(-1)  # (B*T, H, 1, L+1)
             block.attn.watch = watch
@@ -359,7 +361,10 @@ class EZCLIP(nn.Module):
         return features, torch.stack(maps, 1).unflatten(0, video.shape[:2])
 
     def encode_text(self, tokens):
-        """Features at the end-of-text token (the largest id): (N, L) integers -> (N, E)."""
+        """Features at the end-of-text token (the largest id): (N, L) integers -> (N, E).
+
+        Texts of more than context_length tokens are a ValueError.
+        """
         end = tokens.argmax(-1)
         tokens = tokens[:, : end.max() + 1]  # exact: in a causal tower padding changes nothing
         if tokens.shape[1] > self.config.context_length:
@@ -390,7 +395,7 @@ class EZCLIP(nn.Module):
             else downloaded there; or a file: OpenAI's TorchScript archive, a state dict of OpenAI
             or open_clip, model.safetensors or pytorch_model.bin of Hugging Face, a checkpoint of
             the official EZ-CLIP / T2L code, or train.py's last.pt, which names its CLIP.
-        num_frames: None for the checkpoint's, else 8. Prompts for another number of frames are
+        num_frames: None for that of the prompts in the file, else 8. Prompts for another number are
             interpolated linearly over time, a frame standing at the centre of its segment.
         clip: where the CLIP of a last.pt is now, if not where it was in training.
         config_overrides: fields of Config that the file leaves open. The weights settle all sizes,
@@ -404,8 +409,14 @@ class EZCLIP(nn.Module):
         path, sha256 = _locate(name_or_path)
         files = [_WeightsFile(path)]
         if files[0].partial or clip:
+            if not files[0].backbone_sha256:
+                raise ValueError(f"{path}: holds its own CLIP, leave `clip` out")
             clip = clip or files[0].args["clip"]
-            backbone, sha256 = _locate(clip)
+            try:
+                backbone, sha256 = _locate(clip)
+            except FileNotFoundError:
+                raise FileNotFoundError(f"{path}: its CLIP {clip} is not there: `clip` (--clip) "
+                                        "says where it is now") from None
             if sha256 != files[0].backbone_sha256:
                 raise ValueError(f"{path}: was trained on another CLIP than {clip}")
             files = [_WeightsFile(backbone), *files]
@@ -468,7 +479,7 @@ def class_probabilities(video_features, text_features, logit_scale=100.0):
     """Zero-shot classification: softmax over classes, then the mean over templates.
 
     video_features: (B, E), text_features: (templates, classes, E), normalised here. Returns
-    (B, classes). The scale is that of the official evaluation.
+    (B, classes). The scale is that of the official evaluation. (CLIP averages features instead.)
     """
     return (logit_scale * _cosine(video_features, text_features)).softmax(-1).mean(0)
 
@@ -476,10 +487,10 @@ def class_probabilities(video_features, text_features, logit_scale=100.0):
 def retrieval_scores(queries, query_labels, gallery, gallery_labels):
     """Rank a gallery of clips for each query clip by the cosine of their features.
 
-    queries: (Q, E), gallery: (G, E), normalised here; their labels, (Q,) and (G,), are classes or
-    persons. Returns {"rank1", "rank5", "mAP"} in [0, 1]: the share of queries with a match among
-    the first 1 and 5, and the mean over queries of the average precision. A query without a match
-    in the gallery is a ValueError.
+    queries: (Q, E), gallery: (G, E), normalised here; their labels, (Q,) and (G,), are indices of
+    classes or identities. Returns {"rank1", "rank5", "mAP"} in [0, 1]: the share of queries with a
+    match among the first 1 and 5 (CMC, R@1 and R@5), and the mean average precision. A query
+    without a match in the gallery is a ValueError.
     """
     order = _cosine(queries, gallery).argsort(dim=1, descending=True, stable=True)
     hits = (gallery_labels[order] == query_labels[:, None]).float()  # (Q, G)
@@ -535,7 +546,7 @@ def _locate(name_or_path):
                 raise OSError(f"cannot download {name_or_path} ({error}): "
                               f"fetch {url} elsewhere and put it at {path}") from None
     if not path.is_file():
-        raise FileNotFoundError(f"no weights file {path}, and none of {', '.join(_RELEASES)}")
+        raise FileNotFoundError(f"{path}: no such file, and none of {', '.join(_RELEASES)}")
     sha256 = hashlib.sha256()
     with open(path, "rb") as stream:
         while block := stream.read(1 << 20):
@@ -573,9 +584,9 @@ class _WeightsFile:
         self.args, kinds = run.get("args"), dict(
             clip=str, activation=str, num_frames=int, prompts=str, no_adapters=bool,
             temporal_adapter=bool)
-        if self.partial and (type(self.args) is not dict or any(
+        if self.backbone_sha256 and (type(self.args) is not dict or any(
                 type(self.args.get(name)) is not kind for name, kind in kinds.items())):
-            raise ValueError(f"{path}: is a damaged checkpoint")
+            raise ValueError(f"{path}: is a damaged checkpoint: args")
         self.hugging_face = "vision_model.embeddings.class_embedding" in self.state
         official = any("Adapter." in key or "T_prompt" in key for key in self.state)
         self.names = _HUGGING_FACE if self.hugging_face else _OFFICIAL if official else ()
@@ -616,6 +627,8 @@ class _WeightsFile:
             vision_layers=layers("visual.transformer.resblocks."),
             context_length=context_length, vocab_size=shape("token_embedding.weight", 2)[0],
             text_width=text_width, text_layers=layers("transformer.resblocks."))
+        if self.backbone_sha256:
+            settled["activation"] = self.args["activation"]
         if 12 * (settled["vision_layers"] + settled["text_layers"]) > len(self.state) + 100:
             raise ValueError(f"{self.path}: not a CLIP ViT, its layers are incomplete")
         if self.adapted:

@@ -1464,7 +1464,7 @@ def test_a_frame_that_breaks_stops_the_run_after_saving(world, tmp_path, monkeyp
         status, errors = command([*flags, tmp_path / "out"])
     line = errors.strip().splitlines()[-1]
     assert status == 2 and re.match(rf"error: {root}/\S+.jpg: unreadable frame .*; step 5 of 9 is "
-                                    "saved: the same command with --resume goes on", line), errors
+                                    "saved: when that is mended, the same command", line), errors
     for path, content in kept.items():
         path.write_bytes(content)
     train.run([*flags, str(tmp_path / "out"), "--resume"])
@@ -1669,15 +1669,15 @@ def test_predictions(world, tmp_path, capsys, monkeypatch):
                        (["names.txt"], "names.txt: is no readable video"),
                        ([f"{world.frames}/Clap"], "Clap: holds no frames"),
                        ([folder, "--class-names", "gone.txt"], "gone.txt"),
-                       ([folder, "--class-names", "a b", "A_b"], "has a name twice"),
+                       ([folder, "--class-names", "a b", "A_b"], "has a b twice"),
                        ([folder, "--clip", world.clip], "--class-names is needed"),
-                       ([folder, "--data", world.frames], "--predict goes without --data"),
-                       ([folder, "--picture", "gone/a.png"], "gone/a.png: cannot be written")):
+                       ([folder, "--data", world.frames], "--data cannot be combined with"),
+                       ([folder, "--picture", "gone/a.png"], "gone/a.png: no such folder")):
         start = ["--checkpoint", tmp_path / "run/last.pt"] if "needed" not in word else []
         status, errors = command([*start, "--predict", *more])
         assert status == 2 and errors.splitlines()[-1].startswith("error: "), errors
         assert word in errors and "Traceback" not in errors, errors
-    assert "without --json" in command([*world.common, "--json"])[1]
+    assert "--json goes with --predict only" in command([*world.common, "--json"])[1]
     assert sorted(tmp_path.rglob("*")) == files
 
 
@@ -1898,7 +1898,7 @@ def mistakes(tmp_path):
     ("--data void", "img_00001.jpg: unreadable frame"),
     ("--data torn --num-frames 5 --workers 1", "img_00003.jpg: unreadable frame"),
     ("--data videos", "python data.py extract"),
-    ("--data frames/Archery", "need lists and --labels"),
+    ("--data frames/Archery", "need --train-list or --test-list"),
     ("--train-list gone.txt", "gone.txt: 1 of 2 clips have no folder below frames: Archery/clip77"),
     ("--train-list none.txt", "none.txt"),
     ("--test-list nine.txt --labels labels.csv", "nine.txt:1: label 9 has no name in labels.csv"),
@@ -1915,14 +1915,14 @@ def mistakes(tmp_path):
     ("--out file/run", "file/run"),
     ("--prompts none --no-adapters", "nothing to train"),
     ("--lerning-rate 1", "--lerning-rate"),
-    ("--eval-data x", "'x' is not NAME=DIR[,LIST]"),
+    ("--eval-data x", "'x' is not NAME=DIR[,LIST[,LABELS]]"),
     ("--eval-data x=frames,", "'x=frames,' is not NAME=DIR"),
     ("--eval-data frames=frames", "frames is another test set already"),
     ("--eval-data frames=frames,{}.txt", "frames is another test set already"),
     ("--base-to-novel --shots 9", "training clips"),
-    ("--seed 1 2 1", "--seed has a number twice"),
-    ("--ablate --prompts none", "--ablate goes without --prompts"),
-    ("--demo", "--demo goes without --data")])
+    ("--seed 1 2 1", "--seed has 1 twice"),
+    ("--ablate --prompts none", "--prompts cannot be combined with --ablate"),
+    ("--demo", "--data cannot be combined with --demo")])
 def test_bad_input_is_one_line_and_status_2(flags, word, mistakes, world, monkeypatch):
     monkeypatch.chdir(mistakes)
     files = sorted(mistakes.rglob("*"))
@@ -1945,12 +1945,22 @@ def test_clips_with_few_frames_and_one_clip_per_class(world, tmp_path):
 
 
 @slow
-def test_the_demo(tmp_path):
-    out = tmp_path / "demo"
-    train.demo(["--demo", "--out", str(out), "--seed", "11"])
-    results = json.loads((out / "results.json").read_text())["results"]
+def test_the_demo(tmp_path, monkeypatch):
+    """It teaches its lesson, and the README's examples on it run."""
+    monkeypatch.chdir(tmp_path)
+    train.demo(["--demo", "--seed", "11"])
+    results = json.loads(Path("runs/demo/results.json").read_text())["results"]
     assert [r["harmonic_mean"]["n"] for r in results.values()] == [960] * 5
     base = {row: r["base"]["top1"] for row, r in results.items()}
     assert base["frozen CLIP"] <= 60 and base["+ adapters"] <= 60  # capped near 50
     assert base["+ temporal prompts"] >= 80 and base["prompts, frames shuffled"] <= 60
-    assert (out / "demo.png").exists()
+    assert Path("runs/demo/demo.png").exists()
+    _, _, *blocks = (HERE / "README.md").read_text().split("```python\n")
+    names = {}
+    for block in blocks:
+        code, printed = block.split("```\n```\n")
+        output = io.StringIO()
+        with contextlib.redirect_stdout(output):
+            exec(code, names)
+        assert output.getvalue().count("\n") == printed.split("```")[0].count("\n")
+    assert len(blocks) == 2 and names["features"].shape == (960, 64)

@@ -60,19 +60,22 @@ def text_that(fits, problem):
 
 def parser():
     p = Parser(allow_abbrev=False, description="Train and evaluate EZ-CLIP on folders of frames, "
-               "and predict what videos show. In parentheses: what holds without a flag.")
+               "and predict what videos show. Defaults are in parentheses.")
     flag = p.add_argument
     # data
     flag("--data", help="folder of frames: <class>/<clip>/img_00001.jpg")
-    flag("--train-list", help="training clips: a list of any of the usual data sets and codes")
+    flag("--train-list", help="training clips: a list of UCF101, HMDB51, Kinetics, "
+         "Something-Something, TSN, mmaction2 or the official code (README)")
     flag("--test-list", help="test clips, likewise")
-    flag("--labels", help="names of the lists' numbers: CSV id,name, classInd.txt, labels.json")
+    flag("--labels", help="class names of the numbers in lists: CSV id,name, classInd.txt, "
+         "labels.json")
     flag("--allow-missing", action="store_true", help="leave out listed clips that are not there")
     flag("--eval-data", action="append", metavar="NAME=DIR[,LIST[,LABELS]]",
-         type=text_that(re.compile("[^=]+=[^,]+(,[^,]+){0,2}").fullmatch, "is not NAME=DIR[,LIST]"),
+         type=text_that(re.compile("[^=]+=[^,]+(,[^,]+){0,2}").fullmatch,
+                        "is not NAME=DIR[,LIST[,LABELS]]"),
          help="test there too; {} in LIST: splits 1 to 3, without LIST: all clips")
     flag("--base-to-novel", nargs="*", metavar="CLASSES",
-         help="train on one half of the classes, test on either: two files of class names "
+         help="train on one half of the classes, test on both: two files of class names "
          "(the half with more training clips, and the rest)")
     flag("--shots", type=at_least(0), help="training clips per class (16 with --base-to-novel, "
          "else all; 0: all)")
@@ -81,52 +84,57 @@ def parser():
     flag("--templates", nargs="+", metavar="TEXT",
          type=text_that(lambda text: "{}" in text, "has no {} for the class name"),
          help="with {} for the class name (the 16 of the official code; {} with --descriptions)")
-    flag("--no-flip", action="store_true", help="never mirror clips (nor where a class has sides)")
-    flag("--no-augment", action="store_true", help="no random crops, mirroring and colours")
+    flag("--no-flip", action="store_true",
+         help="no horizontal flips (off anyway where a class name has left or right)")
+    flag("--no-augment", action="store_true", help="no random crops, flips and colour jitter")
     # model
     flag("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file (ViT-B/16)")
     flag("--activation", choices=("quick_gelu", "gelu"), default="quick_gelu",
-         help="gelu for CLIPs that open_clip trained; no weight tells (%(default)s)")
+         help="gelu for open_clip's models not named -quickgelu (%(default)s)")
     flag("--num-frames", type=at_least(1), help="frames per clip (8, or the checkpoint's)")
-    flag("--prompts", choices=("deep", "shallow", "none"), help="temporal prompts: where (deep)")
+    flag("--prompts", choices=("deep", "shallow", "none"), help="temporal prompts in all "
+         "layers, in the first, or none (deep)")
     flag("--no-adapters", action="store_true", help="leave out the adapters")
-    flag("--temporal-adapter", action="store_true", help="add attention over time at every token")
+    flag("--temporal-adapter", action="store_true",
+         help="the official code's ablation: attention over time at every token")
     flag("--tune", choices=("new", "all"), default="new",
-         help="train what is new, or CLIP too (%(default)s)")
+         help="train prompts and adapters only, or CLIP too (%(default)s)")
     # optimisation
     flag("--epochs", type=at_least(1), default=50, help="passes over all clips (%(default)s)")
     flag("--batch-size", type=at_least(1), default=70, help="clips per step (%(default)s)")
-    flag("--lr", type=at_least(0, float), default=5e-5, help="highest learning rate (%(default)s)")
-    flag("--prompt-lr", type=at_least(0, float), help="highest of the prompts (--lr)")
-    flag("--weight-decay", type=at_least(0, float), default=0.2, help="of AdamW (%(default)s)")
+    flag("--lr", type=at_least(0, float), default=5e-5, help="peak learning rate (%(default)s)")
+    flag("--prompt-lr", type=at_least(0, float), help="peak learning rate of the prompts (--lr)")
+    flag("--weight-decay", type=at_least(0, float), default=0.2,
+         help="weight decay of AdamW (%(default)s)")
     flag("--warmup-epochs", type=at_least(0, float), default=5,
-         help="linear from 0, at most a tenth of all steps (%(default)s)")
+         help="linear warm-up, at most a tenth of all steps (%(default)s)")
     flag("--motion-weight", type=at_least(0, float), default=1.0,
-         help="of the motion loss (%(default)s)")
+         help="weight of the motion loss (%(default)s)")
     flag("--seed", "--seeds", dest="seeds", type=at_least(0), nargs="+", default=[0],
-         metavar="SEED", help="of all that is random; of several each has its run (0)")
+         metavar="SEED", help="random seed; of several each has its run, and means are given (0)")
     # the run
     flag("--out", help="folder of the run (runs/<data>, with a counter when taken)")
     flag("--resume", action="store_true", help="continue the run in --out")
     flag("--checkpoint", help="weights to start from: a last.pt or one of the official code; "
-         "of several --seed {} stands for each")
+         "{} in it is the seed, where there are several")
     flag("--eval-only", action="store_true", help="do not train")
     flag("--eval-every", type=at_least(1), help="epochs between evaluations (only at the end)")
-    flag("--shuffle-frames", action="store_true", help="a control: test clips in random order")
+    flag("--shuffle-frames", action="store_true", 
+         help="a control: the frames of each test clip in random order")
     flag("--workers", type=at_least(0), default=min(8, os.cpu_count()),
          help="processes that load clips (%(default)s)")
     flag("--compile", action="store_true", help="let torch.compile speed the model up")
     flag("--recompute", action="store_true",
-         help="compute each block again in the backward pass: less memory, more time")
+         help="gradient checkpointing, block by block: less memory, more time")
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     flag("--device", type=usable_device, default="cuda" if cuda else "mps" if mps else "cpu",
          help="cuda, cuda:1, mps or cpu (%(default)s)")
     flag("--predict", nargs="+", metavar="VIDEO",
-         help="name what videos show, folders of frames or files, with --checkpoint or --clip")
+         help="name the actions in videos, files or folders of frames: --checkpoint or --clip")
     flag("--class-names", nargs="+", metavar="NAME",
          help="the names to choose from, or a file of names (those of the checkpoint's training)")
     flag("--json", action="store_true", help="predictions as JSON; all else goes to stderr")
-    flag("--picture", metavar="FILE", help="a PNG of the frames and what the model looks at there")
+    flag("--picture", metavar="FILE", help="a PNG of the frames and the class token's attention")
     flag("--ablate", action="store_true", help="CLIP and each part of the method, one by one")
     flag("--demo", action="store_true", help="the method on a rendered world; needs no --data")
     return p
@@ -173,8 +181,9 @@ def parse(argv):
     path = out / "last.pt" if resumed else args.checkpoint
     saved = read_weights(path) if path else {}
     if isinstance(saved, dict) and "backbone_sha256" in saved:
-        if not all(fits(saved.get(key), kind) for key, kind in CHECKPOINT.items()):
-            raise ValueError(f"{path}: is a damaged checkpoint")
+        damaged = [key for key, kind in CHECKPOINT.items() if not fits(saved.get(key), kind)]
+        if damaged:
+            raise ValueError(f"{path}: is a damaged checkpoint: {', '.join(damaged)}")
         old = {k: v for k, v in saved["args"].items() if k not in HERE
                and k in (vars(args) if resumed else MODEL)}
         old["eval_data"] = None if args.eval_data else old.get("eval_data")  # or argparse appends
@@ -182,8 +191,8 @@ def parse(argv):
         args = p.parse_args(argv)
         changed = [k for k in old if resumed and k not in FREE and getattr(args, k) != old[k]]
         if changed:
-            raise ValueError(f"{path}: the run was started with other flags: " + ", ".join(
-                f"--{k.replace('_', '-')} {old[k]}" for k in changed))
+            raise ValueError(f"{path}: the run has other flags, which --resume keeps: " + ", ".join(
+                f"--{k.replace('_', '-')} {old[k]}, not {getattr(args, k)}" for k in changed))
     elif resumed:
         raise ValueError(f"{path}: is no checkpoint of a run")
     elif args.checkpoint and args.clip:
@@ -238,9 +247,9 @@ def find_clips(args, saved):
             root, *lists = paths.replace("{}", number).split(",")
             _, test = data.index_frames(root, None, *lists, allow_missing=args.allow_missing,
                                         whole=True)
-            known = len(test.only(set(map(data.class_key, learnt))).classes)
+            shared = len(test.only(set(map(data.class_key, learnt))).classes)
             if learnt:
-                print(f"{key}: {known} of its {len(test.classes)} classes occur in training too")
+                print(f"{key}: {shared} of its {len(test.classes)} classes occur in training too")
             tests[key] = test
     for name, test in tests.items():
         if not test.clips:
@@ -250,7 +259,7 @@ def find_clips(args, saved):
 
 def halves(split, files):
     """-> keys of the base and the novel classes: those of two files, or the classes with more
-    training clips, in doubt those of smaller label, and the others."""
+    training clips (ties: the smaller label), and the others."""
     if len(files) not in (0, 2) or not (files or split.clips):
         raise ValueError("--base-to-novel needs training clips, or two files of class names")
     counts = np.bincount([k for _, k in split.clips], minlength=len(split.classes))
@@ -281,7 +290,7 @@ def build_model(args, saved, path):
     if path and not saved and not model.weights_adapted:
         raise ValueError(f"{args.clip}: is plain CLIP, to be given as --clip")
     if model.config.vocab_size != 49408:
-        raise ValueError(f"{args.clip}: has another vocabulary than CLIP")
+        raise ValueError(f"{args.clip}: has {model.config.vocab_size} token ids, not CLIP's 49408")
     if args.tune == "new":
         model.freeze_backbone()
     for tower in (model.visual, model.transformer) if args.compile else ():
@@ -304,7 +313,8 @@ def tokens_of(classes, args, model):
             break
     for name, word in zip(classes, words):
         if not word:
-            raise ValueError(f"{path}: has no description of {name}")
+            raise ValueError(f"{path}: has no description of {name}"
+                             + ", and no other file all of them" * (len(args.descriptions) > 1))
         try:
             texts = [text.replace("{}", word) for text in args.templates or templates]
             tokens.append(tokenize(texts, model.config.context_length))
@@ -317,7 +327,7 @@ def autocast(args):
     return torch.autocast("cuda", torch.bfloat16, enabled=args.device.startswith("cuda"))
 
 
-def text_features(classes, args, model):
+def encode_classes(classes, args, model):
     """Features of every template and class, (templates, classes, E)."""
     tokens = tokens_of(classes, args, model)
     with autocast(args):
@@ -340,13 +350,13 @@ def evaluate(model, split, args):
     model.eval()
     classes, n = split.classes, len(split.clips)
     dataset = data.Clips(split, args.num_frames, model.config.image_size)
-    batches = [[(0, i) for i in range(start, min(start + args.batch_size, n))]
-               for start in range(0, n, args.batch_size)]
+    keys = [[(0, i) for i in range(start, min(start + args.batch_size, n))]
+            for start in range(0, n, args.batch_size)]
     confusion, hits = np.zeros((len(classes), len(classes)), int), 0
     torch.manual_seed(args.seed)  # of --shuffle-frames
-    texts = text_features(classes, args, model)
-    stream = data.loader(dataset, batches, args.workers)
-    for videos, labels, _ in tqdm(stream, "test", len(batches), leave=False, disable=None):
+    texts = encode_classes(classes, args, model)
+    stream = data.loader(dataset, keys, args.workers)
+    for videos, labels, _ in tqdm(stream, "test", len(keys), leave=False, disable=None):
         if args.shuffle_frames:
             videos = torch.stack([video[torch.randperm(len(video))] for video in videos])
         with autocast(args):
@@ -420,7 +430,7 @@ def write(path, save):
         os.replace(temporary, path)
     except OSError as error:
         reason = error.strerror or error
-        raise OSError(f"{path}: cannot be written ({reason}), it is as it was") from None
+        raise OSError(f"{path}: cannot be written ({reason}); nothing was changed") from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -428,7 +438,7 @@ def write(path, save):
 @contextlib.contextmanager
 def uninterrupted():
     """Signals wait for the end of the block: Ctrl-C, SIGTERM, and the death of a process that loads
-    clips, of which PyTorch makes an error."""
+    clips, which PyTorch turns into an error. For the main thread only."""
     waiting, numbers = [], {signal.SIGINT, signal.SIGTERM}
     numbers |= {signal.SIGCHLD} if hasattr(signal, "SIGCHLD") else set()  # Windows has none
     before = {n: signal.signal(n, lambda *args: waiting.append(args)) for n in numbers}
@@ -455,15 +465,15 @@ def batches(n, size, start, stop, seed):
 
 
 def learning_rate(step, warmup, total):
-    """The share of the highest: linear from 0 for the steps of warm-up, then a cosine to 0."""
+    """As a fraction of the peak: linear from 0 for `warmup` steps, then a cosine to 0."""
     if step + 1 < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
 def losses(model, videos, labels, tokens, args):
-    """-> loss, contrastive and motion loss of a batch; `tokens`, (templates, classes, L), has the
-    texts of its classes, of which each clip draws one."""
+    """-> loss, contrastive and motion loss of a batch. `tokens`: (templates, classes, L), of which
+    each clip draws a template of its class."""
     videos = videos.to(args.device, non_blocking=True)
     if not args.no_augment:
         videos = data.jitter_colour(videos)
@@ -505,13 +515,14 @@ def train(model, split, tests, args, saved):
         try:
             optimizer.load_state_dict(saved["optimizer"])
         except (KeyError, TypeError, AttributeError, ValueError):
-            raise ValueError(f"{out / 'last.pt'}: is a damaged checkpoint") from None
+            raise ValueError(f"{out / 'last.pt'}: is a damaged checkpoint: optimizer") from None
         step, seconds, rows, sums = (saved[key] for key in ("step", "seconds", "rows", "sums"))
         print(f"resumed at step {step} of {total}")
 
     def save(path):
         if not all(p.isfinite().all() for p in new.values()):
-            raise ArithmeticError(f"step {step}: the weights are no longer finite, and not saved")
+            raise ArithmeticError(f"step {step}: the weights are no longer finite, and not saved; "
+                                  "a lower --lr may help")
         with open(path, "wb") as file:  # of which torch.save hands on what goes wrong
             torch.save({"state_dict": {name: p.detach() for name, p in new.items()},
                         "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
@@ -527,8 +538,8 @@ def train(model, split, tests, args, saved):
         loss, *parts = losses(model, videos, labels, tokens, args)
         values = torch.stack([loss, *parts]).tolist()
         if not math.isfinite(values[0]):
-            raise ArithmeticError(f"step {step}: the loss is {values[0]} for the clips "
-                                  + ", ".join(clips[i][0] for i in indices))
+            raise ArithmeticError(f"step {step}: the loss is {values[0]}, a lower --lr may help; "
+                                  "clips: " + ", ".join(clips[i][0] for i in indices))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -580,7 +591,8 @@ def train(model, split, tests, args, saved):
         if step > kept:
             write(out / "last.pt", save)
         kind = next(kind for kind in stops if isinstance(error, kind))
-        hint = f"; step {step} of {total} is saved: the same command with --resume goes on"
+        then = "" if kind is KeyboardInterrupt else "when that is mended, "
+        hint = f"; step {step} of {total} is saved: {then}the same command with --resume goes on"
         raise kind((str(error) or "stopped") + hint * (step > 0)) from error
     write_log(out / "log.csv", rows)
     plot_curves(out / "curves.png", rows)
@@ -604,7 +616,8 @@ def figure(width, height, mosaic, **options):
     import matplotlib.pyplot as plt
     colours = plt.cycler(color=["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"])
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
-                         "legend.frameon": False, "axes.prop_cycle": colours})
+                         "legend.frameon": False, "axes.prop_cycle": colours,
+                         "text.parse_math": False})  # names may hold a $
     return plt.subplot_mosaic(mosaic, figsize=(width, height), layout="constrained", **options)
 
 
@@ -622,12 +635,13 @@ def plot_curves(path, rows):
     for side, names in curves.items():
         for name in names:
             points = [(row["epoch"], row[name]) for row in rows if name in row]
-            axes[side].plot(*zip(*points), label=name, linewidth=4 if name == "loss" else 1.5,
+            label = name.replace(" top1", "").replace("_", " ")
+            axes[side].plot(*zip(*points), label=label, linewidth=4 if name == "loss" else 1.5,
                             marker="o" if len(points) < 20 else "", zorder=name != "loss")
             axes[side].legend()
         axes[side].set(xlabel="epoch", xlim=(0, rows[-1]["epoch"] * 1.03))
-    axes["left"].set(ylabel="mean of the epoch's losses", ylim=(0, None))
-    axes["right"].set(ylabel="accuracy on test clips (%)", ylim=(0, 102))
+    axes["left"].set(ylabel="mean loss of the epoch", ylim=(0, None))
+    axes["right"].set(ylabel="top-1 accuracy (%)", ylim=(0, 102))
     save_figure(fig, path)
 
 
@@ -664,7 +678,8 @@ def plot_demo(path, frames, results):
         values = [row[key]["top1"] for row in results.values()]
         bars = axes["bars"].bar(np.arange(len(results)) + (i - 1) * 0.28, values, 0.26,
                                 label=key.replace("_", " "))
-        axes["bars"].bar_label(bars, fmt="%.0f", fontsize=8)
+        axes["bars"].bar_label(bars, fmt="%.0f", fontsize=8, padding=2,
+                               bbox=dict(fc="white", ec="none", pad=0))
     axes["bars"].axhline(50, color="0.5", linestyle=":", zorder=0, label="best without order")
     axes["bars"].set_xticks(range(len(results)), [row.replace(", ", ",\n") for row in results])
     axes["bars"].set(ylabel="top-1 accuracy (%)", ylim=(0, 105))
@@ -673,39 +688,38 @@ def plot_demo(path, frames, results):
 
 
 def plot_predictions(path, videos):
-    """For each of (title, clip, attention maps): its frames, and under each of them what its class
-    token attends to: the patches and, layer by layer, the temporal prompt token."""
+    """For each of (title, clip, attention maps): its frames, and under each of them the attention
+    of its class token to the patches and, layer by layer, to the temporal prompt token."""
     T, layers = videos[0][2].shape[:2]
     prompts = any(maps[..., -1].any() for _, _, maps in videos)
-    side = min(0.95, 7.6 / T)
-    rows = {"frames": side, "patches": side, **({"prompt": 0.08 * layers + 0.3} if prompts else {})}
+    side = min(1, 7.6 / T)
+    rows = {"frames": side, "patches": max(side, 0.8)}
+    rows |= {"prompt": max(0.08 * layers, 0.8)} if prompts else {}
     mosaic = [[f"{row} {i}", f"{row} bar {i}"] for i in range(len(videos)) for row in rows]
-    fig, axes = figure(side * T + 1.8, (sum(rows.values()) + 0.8) * len(videos), mosaic,
+    fig, axes = figure(side * T + 1.8, (sum(rows.values()) + 0.9) * len(videos), mosaic,
                        height_ratios=[*rows.values()] * len(videos), width_ratios=[side * T, 0.1])
     style = dict(cmap="cividis", vmin=0, aspect="auto", interpolation="nearest")
     for i, (title, clip, maps) in enumerate(videos):
         maps = 100 * maps.mean(2).numpy()  # of the heads, (T, layers, L+1), in per cent
         grid = math.isqrt(maps.shape[2] - 2)
-        patches, images = maps[:, -1, 1:-1].reshape(T, grid, grid), {}
+        patches = maps[:, -1, 1:-1].reshape(T, grid, grid)
         for t in range(T):
             box = (t + 0.52, t + 1.48, 0, 1)
             axes[f"frames {i}"].imshow(clip[t].permute(1, 2, 0).numpy(), extent=box, aspect="auto")
-            images["patches"] = axes[f"patches {i}"].imshow(
-                patches[t], extent=box, vmax=np.quantile(patches, 0.995), **style)
+            image = axes[f"patches {i}"].imshow(patches[t], extent=box,
+                                                vmax=np.quantile(patches, 0.995), **style)
+        fig.colorbar(image, axes[f"patches bar {i}"], label="patch (%)", extend="max")
         if prompts:
-            images["prompt"] = axes[f"prompt {i}"].imshow(
+            image = axes[f"prompt {i}"].imshow(
                 maps[..., -1].T, extent=(0.5, T + 0.5, layers + 0.5, 0.5), **style)
-            axes[f"prompt {i}"].set(ylabel="layer", yticks=[1, layers])
-        for row, image in images.items():
-            fig.colorbar(image, axes[f"{row} bar {i}"], label=f"to the {row}\n(% of attention)",
-                         extend="max" if row == "patches" else "neither")
+            fig.colorbar(image, axes[f"prompt bar {i}"], label="prompt (%)")
+        labels = dict(frames=("", []), patches=("last\nlayer", []), prompt=("layer", [1, layers]))
         for row in rows:
-            axes[f"{row} {i}"].set(xlim=(0.5, T + 0.5), xticks=[])
+            label, ticks = labels[row]
+            axes[f"{row} {i}"].set(ylabel=label, yticks=ticks, xlim=(0.5, T + 0.5), xticks=[])
             axes[f"{row} {i}"].spines[:].set_visible(False)
-        axes[f"frames {i}"].set_title(title, fontsize=10)
-        axes[f"frames {i}"].set_yticks([])
-        axes[f"patches {i}"].set(yticks=[], ylabel="last layer")
-        axes[f"{row} {i}"].set(xlabel="frame", xticks=range(1, T + 1))
+        axes[f"{[*rows][-1]} {i}"].set(xlabel="frame", xticks=range(1, T + 1))
+        axes[f"frames {i}"].set_title(title, fontsize=10, wrap=True)
         axes[f"frames bar {i}"].axis("off")
     save_figure(fig, path)
 
@@ -752,11 +766,11 @@ def run(argv):
     return args, {**content, "results": results}
 
 
-def refuse(args, flags, job):
+def refuse(args, flags, problem):
     usual = vars(parser().parse_args([]))
     for flag in flags:
         if getattr(args, flag) != usual[flag]:
-            raise ValueError(f"{job} goes without --{flag.replace('_', '-')}")
+            raise ValueError(f"--{flag.replace('_', '-')} {problem}")
 
 
 def without(argv, *flags):
@@ -781,7 +795,7 @@ def ablate(argv):
     """CLIP, then the method part by part, on the same data: a run for each of ROWS, and a table."""
     args, results, trainable = parser().parse_args(argv), {}, 0
     refuse(args, ("checkpoint", "eval_only", "shuffle_frames", "prompts", "no_adapters",
-                  "temporal_adapter", "motion_weight"), "--ablate")
+                  "temporal_adapter", "motion_weight"), "cannot be combined with --ablate")
     args.out = run_folder(args)
     for name, folder, flags in ROWS:
         flags = [flag.replace("{}", str(args.out / "prompts/last.pt")) for flag in flags.split()]
@@ -798,7 +812,7 @@ def repeat(argv, job):
     """A job once for each of several seeds, and their means and standard deviations."""
     args, runs = parser().parse_args(argv), {}
     if len(set(args.seeds)) < len(args.seeds):
-        raise ValueError("--seed has a number twice")
+        raise ValueError(f"--seed has {statistics.mode(args.seeds)} twice")
     args.out = run_folder(args)
     for seed in args.seeds:
         flags = ["--seed", str(seed), "--out", str(args.out / f"seed{seed}")]
@@ -817,44 +831,52 @@ FILES_OF_NAMES = (".txt", ".csv", ".json")
 
 
 def predict(argv):
-    """Name what videos show: the best five of the classes for each of them."""
+    """Print the at most five best classes of each video, with their probabilities."""
     args = parser().parse_args(argv)
     refuse(args, [flag for flag in vars(args) if flag not in (
-        *PREDICTING, *MODEL, "checkpoint", "templates", "descriptions", "device")], "--predict")
-    wanted, videos = args.class_names or (), []
+        *PREDICTING, *MODEL, "checkpoint", "templates", "descriptions", "device")],
+        "cannot be combined with --predict")
+    for path in args.predict:
+        if not os.path.exists(path):
+            raise ValueError(f"{path}: no such video, nor folder of frames")
+    if args.picture and len(args.predict) > 50:
+        raise ValueError(f"--picture shows at most 50 videos, not {len(args.predict)}")
+    if args.picture and not os.path.isdir(os.path.dirname(args.picture) or "."):
+        raise ValueError(f"{args.picture}: no such folder to write to")
+    names, videos, pictures = args.class_names or [], [], []
+    if len(names) == 1 and (names[0].endswith(FILES_OF_NAMES) or os.path.isfile(names[0])):
+        names = [name for _, name, _ in data.read_classes(names[0])]
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
         args, saved, path = parse([*argv, "--eval-only"])
-        if len(wanted) == 1 and (Path(*wanted).is_file() or Path(*wanted).suffix in FILES_OF_NAMES):
-            wanted = [name for _, name, _ in data.read_classes(*wanted)]
-        classes = wanted or (saved["classes"] if saved else [])
+        classes = names or (saved["classes"] if saved else [])
+        words = [data.class_text(name) for name in classes]
         if not classes:
             raise ValueError("--class-names is needed, the names to choose from, or a file of them")
-        if len(set(map(data.class_text, classes))) < len(classes):
-            raise ValueError("--class-names has a name twice")
+        if len(set(words)) < len(words):
+            raise ValueError(f"--class-names has {statistics.mode(words)} twice")
         model = build_model(args, saved, path).eval()
         with torch.inference_mode():
-            texts = text_features(classes, args, model)
-            for video in tqdm(args.predict, "videos", leave=False, disable=None):
-                clip = data.load_clip(video, args.num_frames, model.config.image_size)
-                with autocast(args):
-                    frames, maps = model.attention_maps(clip[None].to(args.device))
+            texts = encode_classes(classes, args, model)
+        for video in tqdm(args.predict, "videos", leave=False, disable=None if args.json else True):
+            clip = data.load_clip(video, args.num_frames, model.config.image_size)
+            with torch.inference_mode(), autocast(args):
+                frames, maps = model.attention_maps(clip[None].to(args.device))
                 (p,), (best,) = classify(model.pool(frames.float()), texts)
-                best = [(classes[k], p[k].item()) for k in best]
-                videos.append((video, best, clip, maps[0].float().cpu()))
+            best = [(classes[k], p[k].item()) for k in best]
+            videos.append({"video": video, "classes": [
+                {"class": name, "probability": round(p, 6)} for name, p in best]})
+            width = max(map(len, classes))
+            lines = (f"  {name:<{width}}  {100 * p:5.1f} %" for name, p in best)
+            print(video, *lines, sep="\n", flush=True)
+            if args.picture:
+                title = f"{Path(video).name}: {best[0][0]}, {100 * best[0][1]:.1f} %"
+                pictures.append((title, clip, maps[0].float().cpu()))
         if args.picture:
-            plot_predictions(Path(args.picture), [
-                (f"{video}: {best[0][0]}, {100 * best[0][1]:.1f} %", clip, maps)
-                for video, best, clip, maps in videos])
+            plot_predictions(Path(args.picture), pictures)
     content = {"clip": args.clip, "checkpoint": args.checkpoint, "num_frames": args.num_frames,
-               "prompts": args.prompts, "videos": [
-                   {"video": video, "classes": [{"class": name, "probability": round(p, 6)}
-                                                for name, p in best]}
-                   for video, best, *_ in videos]}
-    width = max(len(name) for _, best, *_ in videos for name, _ in best)
+               "prompts": args.prompts, "videos": videos}
     if args.json:
         print(json.dumps(content, indent=1))
-    for video, best, *_ in [] if args.json else videos:
-        print(video, *(f"  {name:<{width}}  {100 * p:5.1f} %" for name, p in best), sep="\n")
     return content
 
 
@@ -866,9 +888,10 @@ ADAPTATION = "--shots 32 --num-frames 4 --epochs 33 --batch-size 32 --lr 8e-3 --
 @recorded
 def demo(argv):
     """The method in small: a tiny CLIP learns a rendered world from stills, then is adapted to its
-    actions. These come in pairs that are each other backwards: who averages frames, guesses."""
+    actions. These come in pairs that are each other backwards: a mean over frames has to guess."""
     args = parser().parse_args(argv)
-    refuse(args, [flag for flag in vars(args) if flag not in (*HERE, "seeds", "demo")], "--demo")
+    refuse(args, [flag for flag in vars(args) if flag not in (*HERE, "seeds", "demo")],
+           "cannot be combined with --demo")
     out = args.out = run_folder(args)
     out.mkdir(parents=True, exist_ok=True)
     for name in ("stills", "frames"):
@@ -898,7 +921,7 @@ def main(argv):
     args = parser().parse_args(argv)
     if args.predict:
         return predict(argv)
-    refuse(args, PREDICTING, "what is no --predict")
+    refuse(args, PREDICTING, "goes with --predict only")
     job = demo if args.demo else ablate if args.ablate else run
     return repeat(argv, job) if len(args.seeds) > 1 else job(argv)
 

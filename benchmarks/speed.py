@@ -80,7 +80,7 @@ def prepared(who, what, name, T, args, batch=None):
     config = Config(**SIZES[name], num_frames=T, recompute=who == "recompute")
     build = {"openai": openai, "transformers": hugging_face}.get(who, EZCLIP)
     torch.manual_seed(0)
-    model, B = build(config), batch or args.batch
+    model, B = build(config), batch or args.batch_size
     if model is None or what != "encode_video" and build is not EZCLIP:
         return None
     model = Naive(model) if who == "naive" else model
@@ -192,7 +192,7 @@ def multiply(shapes, device):
 def memory(who, what, name, T, args):
     """GiB beyond weights and inputs, of a child process."""
     child = [sys.executable, __file__, "--child", who, "--only", what, "--models", name,
-             "--num-frames", str(T), "--batch", str(args.batch), "--device", args.device,
+             "--num-frames", str(T), "--batch-size", str(args.batch_size), "--device", args.device,
              "--threads", str(args.threads), *["--compile"] * args.compile]
     result = subprocess.run(child, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
                             capture_output=True, text=True)
@@ -219,13 +219,13 @@ def measure_memory(args):
 
 def compare(what, name, T, args, peak):
     config, training = Config(**SIZES[name], num_frames=T), what == "step"
-    shapes = [*products(what, config, args.batch, T)]
+    shapes = [*products(what, config, args.batch_size, T)]
     works = {who: prepared(who, what, name, T, args) for who in args.who}
     works = {who: work for who, work in works.items() if work}
     forward = multiply(shapes, args.device) if not training else None
     seconds = timed({**works, **({"products": forward} if forward else {})}, args.repeats,
                     args.device)
-    count = TEXTS if what == "encode_text" else args.batch
+    count = TEXTS if what == "encode_text" else args.batch_size
     rows = []
     for who, s in seconds.items():
         ours = who in ("ours", "recompute", "products")  # others take other products
@@ -279,7 +279,7 @@ def main():
     flag = p.add_argument
     flag("--models", nargs="+", choices=SIZES, default=["ViT-B/16"], help="(%(default)s)")
     flag("--num-frames", nargs="+", type=int, default=[8], help="(%(default)s)")
-    flag("--batch", type=int, default=2, help="clips (%(default)s)")
+    flag("--batch-size", type=int, default=2, help="clips (%(default)s)")
     flag("--only", nargs="+", default=["encode_video", "encode_text", "step"], help="what to run",
          choices=["encode_video", "encode_text", "step"])
     flag("--who", nargs="+", default=["ours", "recompute", "naive", "openai", "transformers"],
@@ -304,7 +304,7 @@ def main():
         big = [(1, n, n, n, 0)]
         peak = flops(big, 0) / timed({"": multiply(big, args.device)}, 5, args.device)[""] / 1e12
         print(f"{args.device}, {args.threads} threads, PyTorch {torch.__version__}, batch "
-              f"{args.batch}; peak {peak:.3g} TFLOP/s, a product of {n} x {n}", flush=True)
+              f"{args.batch_size}; peak {peak:.3g} TFLOP/s, a product of {n} x {n}", flush=True)
         rows = [row for name in args.models for T in args.num_frames for what in args.only
                 for row in compare(what, name, T, args, peak)]
         table(rows)
