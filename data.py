@@ -452,7 +452,7 @@ def load_clip(path, num_frames, image_size, rng=None, augment=False, flip=False)
     """A folder of frames, or a video file, as uint8 RGB (num_frames, 3, image_size, image_size).
 
     With a numpy Generator frames are drawn as in training, and with `augment` cropped and, where
-    `flip`, mirrored likewise; else all is as in evaluation. Raises OSError or ValueError that names
+    `flip`, flipped likewise; else all is as in evaluation. Raises OSError or ValueError that names
     what cannot be read.
     """
     folder = Path(path)
@@ -478,7 +478,7 @@ class Clips(Dataset):
     """The clips of a Split as (uint8 (T, 3, S, S), label, index).
 
     A key is (epoch, index): all that is random is a function of (seed, epoch, index). `train`
-    samples frames at random, `augment` also crops and, with `flip`, mirrors. What goes wrong in a
+    samples frames at random, `augment` also crops and, with `flip`, flips. What goes wrong in a
     worker process is returned rather than raised, so that it arrives as one line.
     """
 

@@ -10,7 +10,7 @@ is the same method). CLIP stays frozen; temporal prompts, adapters and a motion 
     video = torch.randint(256, (2, 8, 3, 224, 224)).byte()        # (B, T, 3, H, W), RGB
     tokens = clip_tokenizer.tokenize(["archery", "juggling balls"])              # (N, 77)
     frames, texts = model.encode_frames(video), model.encode_text(tokens)        # (B, T, E), (N, E)
-    logits = model.similarity(frames.mean(1), texts)              # (B, N), = model(video, tokens)
+    logits = model.similarity(model.pool(frames), texts)          # (B, N), = model(video, tokens)
     loss = contrastive_loss(logits, torch.tensor([0, 1])) + motion_loss(frames)
 
 Departures from the official code (github.com/Shahzadnit/EZ-CLIP); none changes an evaluation but

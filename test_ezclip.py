@@ -326,6 +326,9 @@ def test_attention_maps_are_those_of_the_pass(settings):
         near(maps.sum(-1), torch.ones(2, 4, 3, 2), 1e-6)
         near(features, model.encode_frames(video), 0)
     assert not any(block.attn.watch for block in blocks)
+    model = small(**settings, recompute=True)
+    model.attention_maps(video)[0].sum().backward()  # the features have their gradient
+    assert model.visual.conv1.weight.grad.any()
 
 
 @pytest.mark.parametrize("what", ["encode_video", "encode_text", "step"])
@@ -1408,7 +1411,7 @@ def test_a_run_that_is_killed_at_fifty_moments(world, tmp_path):
         with subprocess.Popen(run, cwd=HERE, stderr=subprocess.DEVNULL,
                               stdout=subprocess.PIPE, text=True) as process:
             if kills < 50:  # from when the run has begun, or sometimes before
-                while rng.random() > 0.02 and "mirrored" not in process.stdout.readline():
+                while rng.random() > 0.02 and "flips" not in process.stdout.readline():
                     pass
                 time.sleep(rng.uniform(0, 0.6))
                 process.kill()
@@ -1549,13 +1552,13 @@ def test_resume_starts_where_nothing_is_and_refuses_another_run(world, tmp_path)
     assert before == {path: path.read_bytes() for path in out.iterdir()}
 
 
-@pytest.mark.parametrize("name, mirrored", [
+@pytest.mark.parametrize("name, flips", [
     ("Clap", True), ("turn left", False), ("SwipeRight", False), ("swipe-left (2)", False),
     ("Copyright", True), ("leftover", True)])
-def test_clips_are_not_mirrored_where_sides_matter(name, mirrored, world, tmp_path, capsys):
+def test_clips_are_not_flipped_where_sides_matter(name, flips, world, tmp_path, capsys):
     root = frames_folder(tmp_path / "frames", ("Archery", name), clips=2, count=1)
     train.run([*world.common, "--data", str(root), "--epochs", "1", "--out", str(tmp_path / "run")])
-    assert (", mirrored" in capsys.readouterr().out) == mirrored
+    assert ("with flips" in capsys.readouterr().out) == flips
 
 
 def test_folders_of_runs_are_counted(world, tmp_path, monkeypatch):
@@ -1616,14 +1619,20 @@ def test_a_checkpoint_is_loaded_like_any_weights_file(world, tmp_path):
     expected = model.visual.transformer.temporal_prompts.unflatten(1, (2, 2)).mean(2)
     near(prompts, expected)
     torch.save({**clip, "logit_scale": torch.tensor(1.0)}, moved)
+    tuned = {"state_dict": clip, "args": {**saved["args"], "activation": "gelu"}}  # --tune all
+    torch.save({**saved, **tuned}, tmp_path / "tuned.pt")
+    assert EZCLIP.from_pretrained(tmp_path / "tuned.pt").config.activation == "gelu"
+    with pytest.raises(ValueError, match="moved.pt: holds its own CLIP"):
+        EZCLIP.from_pretrained(moved, clip=world.clip)
     for change, settings, word in (
             ({}, dict(clip=moved), "last.pt: was trained on another CLIP than .*moved.pt"),
             ({}, dict(prompts="none"), "has prompts 'deep', not 'none'"),
-            ({"args": {}}, {}, "damaged checkpoint"),
+            ({"args": {}}, {}, "damaged checkpoint: args"),
+            ({"args": {**saved["args"], "clip": "gone.pt"}}, {}, "its CLIP gone.pt is not there"),
             ({"state_dict": {}}, {}, "missing: .*adapter.fc1"),
             ({"state_dict": saved["state_dict"] | {"a": torch.ones(1)}}, {}, "unexpected: a$")):
         torch.save({**saved, **change}, path)
-        with pytest.raises(ValueError, match=word):
+        with pytest.raises((ValueError, FileNotFoundError), match=word):
             EZCLIP.from_pretrained(path, **settings)
 
 

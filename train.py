@@ -496,7 +496,7 @@ def train(model, split, tests, args, saved):
     flip = not (args.no_augment or args.no_flip
                 or re.search(r"(?<![a-z])(left|right)(?![a-z])", names))
     print(f"training {sum(p.numel() for p in new.values()):,} parameters on {args.device}, "
-          f"{len(clips)} clips of {len(classes)} classes, {'' if flip else 'not '}mirrored")
+          f"{len(clips)} clips of {len(classes)} classes, with{'' if flip else 'out'} flips")
     dataset = data.Clips(split, args.num_frames, model.config.image_size, train=True,
                          augment=not args.no_augment, flip=flip, seed=args.seed)
     tokens = tokens_of(classes, args, model)
@@ -692,11 +692,11 @@ def plot_predictions(path, videos):
     of its class token to the patches and, layer by layer, to the temporal prompt token."""
     T, layers = videos[0][2].shape[:2]
     prompts = any(maps[..., -1].any() for _, _, maps in videos)
-    side = min(1, 7.6 / T)
+    side = min(max(1, 4 / T), 7.6 / T)
     rows = {"frames": side, "patches": max(side, 0.8)}
     rows |= {"prompt": max(0.08 * layers, 0.8)} if prompts else {}
     mosaic = [[f"{row} {i}", f"{row} bar {i}"] for i in range(len(videos)) for row in rows]
-    fig, axes = figure(side * T + 1.8, (sum(rows.values()) + 0.9) * len(videos), mosaic,
+    fig, axes = figure(side * T + 1.3, (sum(rows.values()) + 0.9) * len(videos), mosaic,
                        height_ratios=[*rows.values()] * len(videos), width_ratios=[side * T, 0.1])
     style = dict(cmap="cividis", vmin=0, aspect="auto", interpolation="nearest")
     for i, (title, clip, maps) in enumerate(videos):
