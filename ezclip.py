@@ -442,8 +442,9 @@ class EZCLIP(nn.Module):
 
 _CLIP_NAMES = re.compile(
     r"(visual\.)?(transformer\.resblocks\.\d+\.)?("
-    r"(attn\.(in_proj_|out_proj\.)|mlp\.c_(fc|proj)\.|ln_\w+\.)(weight|bias)|conv1\.weight|"
-    r"(class|positional|token)_embedding(\.weight)?|proj|text_projection|logit_scale)")
+    r"(attn\.(in_proj_|out_proj\.)|mlp\.c_(fc|proj)\.|ln_(1|2|pre|post|final)\.)(weight|bias)|"
+    r"(class|positional|token)_embedding(\.weight)?|conv1\.weight|"
+    r"proj|text_projection|logit_scale)")
 
 
 def is_new(name):

@@ -224,6 +224,7 @@ def test_without_prompts_and_with_fresh_adapters_it_is_clip():
     near(plain.encode_frames(video)[:, 2], plain.encode_frames(video[:, 2:3])[:, 0])
     assert {n for n in adapted.state_dict() if n not in plain.state_dict()} == {
         n for n in adapted.state_dict() if ezclip.is_new(n)}
+    assert all(map(ezclip.is_new, ("visual.ln_time.weight", "query", "visual.attn.lora_a")))
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -1967,7 +1968,7 @@ def test_the_demo(tmp_path, monkeypatch):
     _, _, *blocks = (HERE / "README.md").read_text().split("```python\n")
     names = {}
     for block in blocks:
-        code, printed = block.split("```\n```\n")
+        code, printed = block.split("```\n```\n", 1)
         output = io.StringIO()
         with contextlib.redirect_stdout(output):
             exec(code, names)

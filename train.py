@@ -17,7 +17,6 @@ import argparse
 import contextlib
 import csv
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -666,7 +665,7 @@ def plot_demo(path, frames, results):
     words = [word for twins in data.TWINS for word in twins]
     mosaic = [*zip(words[::2], words[1::2]), ("bars", "bars")]
     fig, axes = figure(8, 7, mosaic, height_ratios=[1, 1, 1, 1, 4])
-    for colour, word in zip(itertools.cycle(data.COLOURS), words):
+    for colour, word in zip(np.repeat([*data.COLOURS], 2), words):
         name = data.demo_class(colour, word)
         clip = next((frames / name).iterdir())
         strip = [np.asarray(data.read_frame(clip / n)) for n in data.frame_names(clip)[::2]]
@@ -680,7 +679,8 @@ def plot_demo(path, frames, results):
                                 label=key.replace("_", " "))
         axes["bars"].bar_label(bars, fmt="%.0f", fontsize=8, padding=2,
                                bbox=dict(fc="white", ec="none", pad=0))
-    axes["bars"].axhline(50, color="0.5", linestyle=":", zorder=0, label="best without order")
+    axes["bars"].axhline(50, color="0.5", linestyle=":", zorder=0,
+                         label="most to expect without order")
     axes["bars"].set_xticks(range(len(results)), [row.replace(", ", ",\n") for row in results])
     axes["bars"].set(ylabel="top-1 accuracy (%)", ylim=(0, 105))
     axes["bars"].legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
@@ -693,10 +693,10 @@ def plot_predictions(path, videos):
     T, layers = videos[0][2].shape[:2]
     prompts = any(maps[..., -1].any() for _, _, maps in videos)
     side = min(max(1, 4 / T), 7.6 / T)
-    rows = {"frames": side, "patches": max(side, 0.8)}
-    rows |= {"prompt": max(0.08 * layers, 0.8)} if prompts else {}
+    rows = {"frames": side, "patches": max(side, 1)}
+    rows |= {"prompt": max(0.08 * layers, 1)} if prompts else {}
     mosaic = [[f"{row} {i}", f"{row} bar {i}"] for i in range(len(videos)) for row in rows]
-    fig, axes = figure(side * T + 1.3, (sum(rows.values()) + 0.9) * len(videos), mosaic,
+    fig, axes = figure(side * T + 1.5, (sum(rows.values()) + 0.9) * len(videos), mosaic,
                        height_ratios=[*rows.values()] * len(videos), width_ratios=[side * T, 0.1])
     style = dict(cmap="cividis", vmin=0, aspect="auto", interpolation="nearest")
     for i, (title, clip, maps) in enumerate(videos):
@@ -708,15 +708,16 @@ def plot_predictions(path, videos):
             axes[f"frames {i}"].imshow(clip[t].permute(1, 2, 0).numpy(), extent=box, aspect="auto")
             image = axes[f"patches {i}"].imshow(patches[t], extent=box,
                                                 vmax=np.quantile(patches, 0.995), **style)
-        fig.colorbar(image, axes[f"patches bar {i}"], label="patch (%)", extend="max")
+        fig.colorbar(image, axes[f"patches bar {i}"], label="attention to\npatch (%)", extend="max")
         if prompts:
             image = axes[f"prompt {i}"].imshow(
                 maps[..., -1].T, extent=(0.5, T + 0.5, layers + 0.5, 0.5), **style)
-            fig.colorbar(image, axes[f"prompt bar {i}"], label="prompt (%)")
-        labels = dict(frames=("", []), patches=("last\nlayer", []), prompt=("layer", [1, layers]))
+            fig.colorbar(image, axes[f"prompt bar {i}"], label="attention to\nprompt (%)")
+            axes[f"prompt {i}"].set(ylabel="layer", yticks=range(1, layers + 1, 1 + layers // 8))
+        axes[f"frames {i}"].set_yticks([])
+        axes[f"patches {i}"].set(ylabel="last\nlayer", yticks=[])
         for row in rows:
-            label, ticks = labels[row]
-            axes[f"{row} {i}"].set(ylabel=label, yticks=ticks, xlim=(0.5, T + 0.5), xticks=[])
+            axes[f"{row} {i}"].set(xlim=(0.5, T + 0.5), xticks=[])
             axes[f"{row} {i}"].spines[:].set_visible(False)
         axes[f"{[*rows][-1]} {i}"].set(xlabel="frame", xticks=range(1, T + 1))
         axes[f"frames {i}"].set_title(title, fontsize=10, wrap=True)
