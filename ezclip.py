@@ -615,6 +615,11 @@ class _WeightsFile:
             rest = (key[len(prefix):] for key in self.state if key.startswith(prefix))
             return len({key.split(".")[0] for key in rest})
 
+        prompts, rows = "visual.transformer.temporal_prompts", 0
+        if self.keys(prompts)[0] in self.state:
+            rows, num_frames, _ = shape(prompts, 3)
+            if self.backbone_sha256 and self.args["num_frames"] != num_frames:
+                raise ValueError(f"{self.path}: is a damaged checkpoint: num_frames")
         if self.partial:
             settled = {name: self.args[name] for name in (
                 "activation", "num_frames", "prompts", "temporal_adapter")}
@@ -633,9 +638,8 @@ class _WeightsFile:
         if 12 * (settled["vision_layers"] + settled["text_layers"]) > len(self.state) + 100:
             raise ValueError(f"{self.path}: not a CLIP ViT, its layers are incomplete")
         if self.adapted:
-            prompts, rows = "visual.transformer.temporal_prompts", 0
-            if self.keys(prompts)[0] in self.state:
-                rows, settled["num_frames"], _ = shape(prompts, 3)
+            if rows:
+                settled["num_frames"] = num_frames
             elif self.temporal_embedding.ndim == 3:
                 settled["num_frames"] = self.temporal_embedding.shape[1]
             settled["prompts"] = {0: "none", settled["vision_layers"]: "deep"}.get(rows, "shallow")

@@ -1630,6 +1630,7 @@ def test_a_checkpoint_is_loaded_like_any_weights_file(world, tmp_path):
             ({}, dict(prompts="none"), "has prompts 'deep', not 'none'"),
             ({"args": {}}, {}, "damaged checkpoint: args"),
             ({"args": {**saved["args"], "clip": "gone.pt"}}, {}, "its CLIP gone.pt is not there"),
+            ({"args": {**saved["args"], "num_frames": 9**9}}, {}, "damaged .*: num_frames"),
             ({"state_dict": {}}, {}, "missing: .*adapter.fc1"),
             ({"state_dict": saved["state_dict"] | {"a": torch.ones(1)}}, {}, "unexpected: a$")):
         torch.save({**saved, **change}, path)

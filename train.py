@@ -277,7 +277,7 @@ def halves(split, files):
 def build_model(args, saved, path):
     """The model of the flags on its device, with the tensors of the checkpoint, if there is one."""
     if args.eval_only and not args.checkpoint and not args.prompts:
-        print("no --checkpoint: this evaluates plain CLIP, without prompts and adapters")
+        print("no --checkpoint: this is plain CLIP, without prompts and adapters")
         args.prompts, args.no_adapters = "none", True
     given = {"activation": args.activation, "recompute": args.recompute}
     given |= {"prompts": args.prompts} if args.prompts else {}  # what no flag says, a file may
@@ -856,6 +856,7 @@ def predict(argv):
         if len(set(words)) < len(words):
             raise ValueError(f"--class-names has {statistics.mode(words)} twice")
         model = build_model(args, saved, path).eval()
+        width = max(map(len, classes))
         with torch.inference_mode():
             texts = encode_classes(classes, args, model)
         for video in tqdm(args.predict, "videos", leave=False, disable=None if args.json else True):
@@ -864,13 +865,13 @@ def predict(argv):
                 frames, maps = model.attention_maps(clip[None].to(args.device))
                 (p,), (best,) = classify(model.pool(frames.float()), texts)
             best = [(classes[k], p[k].item()) for k in best]
+            print(video, *(f"  {name:<{width}}  {100 * p:5.1f} %" for name, p in best), sep="\n",
+                  flush=True)
             videos.append({"video": video, "classes": [
                 {"class": name, "probability": round(p, 6)} for name, p in best]})
-            width = max(map(len, classes))
-            lines = (f"  {name:<{width}}  {100 * p:5.1f} %" for name, p in best)
-            print(video, *lines, sep="\n", flush=True)
             if args.picture:
-                title = f"{Path(video).name}: {best[0][0]}, {100 * best[0][1]:.1f} %"
+                (name, p), *_ = best
+                title = f"{Path(video).name}: {name}, {100 * p:.1f} %"
                 pictures.append((title, clip, maps[0].float().cpu()))
         if args.picture:
             plot_predictions(Path(args.picture), pictures)
