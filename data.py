@@ -574,7 +574,7 @@ def decode_video(video, folder):
     import imageio_ffmpeg
     result = subprocess.run(
         [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", "-threads", "1",
-         "-i", Path(video).absolute(), "-fps_mode", "passthrough", "-q:v", "2",
+         "-protocol_whitelist", "file", "-i", Path(video).absolute(), "-fps_mode", "passthrough", "-q:v", "2",
          "-vf", "scale='if(gt(iw,ih),-1,256)':'if(gt(iw,ih),256,-1)'", "img_%05d.jpg"],
         cwd=folder, capture_output=True, text=True, errors="replace")  # a path may hold a %
     said = (result.stderr.strip().splitlines() or [""])[-1]
