@@ -277,13 +277,14 @@ def _read_list(path, which):
         raise ValueError(f"{path}: holds no lists {pattern}")
     for file in files:
         text, number = _read_text(file), 0
-        ends = {line.split()[-1] for line in text.split("\n") if line.strip()}
+        lines = [line.strip() for line in text.split("\n")]
+        ends = {line.split()[-1] for line in lines if line}
         hmdb51 = ends <= {"0", "1", "2"} and re.fullmatch(r"(.+)_test_split\d\.txt", file.name)
         rows = (_something_something(text) if re.match(r"\s*\[\s*\{", text) else
                 _kinetics(text) if "youtube_id" in text.partition("\n")[0] else
-                _hmdb51(text, hmdb51[1], which) if hmdb51 else _lines(text))
+                _hmdb51(lines, hmdb51[1], which) if hmdb51 else _lines(lines))
         try:
-            for number, readings in rows:
+            for number, readings in enumerate(rows, 1):
                 if readings:
                     yield f"{file}:{number}", readings
         except (LookupError, TypeError, ValueError, OverflowError, csv.Error) as error:
@@ -291,30 +292,29 @@ def _read_list(path, which):
 
 
 def _something_something(text):
-    for number, row in enumerate(json.loads(text), 1):
+    for row in json.loads(text):
         template = row.get("template")
-        yield number, [(str(row["id"]), template and re.sub(r"[\[\]]", "", template))]
+        yield [(str(row["id"]), template and re.sub(r"[\[\]]", "", template))]
 
 
 def _kinetics(text):
-    yield 1, None  # the header
-    for number, row in enumerate(csv.DictReader(io.StringIO(text, newline="")), 2):
+    yield []  # the header
+    for row in csv.DictReader(io.StringIO(text, newline="")):
         start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
-        yield number, [(f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label") or None)]
+        yield [(f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label") or None)]
 
 
-def _hmdb51(text, name, which):
-    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
-        used = line.endswith("12"[which])
-        yield number, used and [(f"{name}/{line[:-1].strip()}", None)]
+def _hmdb51(lines, name, which):
+    for line in lines:
+        yield [(f"{name}/{line[:-1].strip()}", None)] if line.endswith("12"[which]) else []
 
 
-def _lines(text):
+def _lines(lines):
     """`<clip> [<number of frames>] [<label>]`: official, TSN, mmaction2, UCF101, ViFi-CLIP."""
-    for number, line in enumerate(map(str.strip, text.split("\n")), 1):
+    for line in lines:
         ways = [(n, line.rsplit(maxsplit=n)) for n in (2, 1, 0)]
-        yield number, line and [(way[0], int(way[-1]) if n else None) for n, way in ways
-                                if len(way) == n + 1 and all(map(str.isdecimal, way[1:]))]
+        yield [(way[0], int(way[-1]) if n else None) for n, way in ways
+               if len(way) == n + 1 and all(map(str.isdecimal, way[1:]))]
 
 
 def read_classes(path):
