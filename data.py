@@ -558,8 +558,8 @@ def check(root, workers=None):
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         for more in tqdm(pool.map(problems, clips), "clips", len(clips)):
             found += more
-    print(*found, sep="\n", end="\n" * bool(found))
     if found:
+        print(*found, sep="\n")
         raise ValueError(f"{root}: {len(found)} problems in {len(clips)} clips")
     print(f"{root}: every frame of {len(clips)} clips can be read")
 
@@ -574,8 +574,8 @@ def decode_video(video, folder):
     import imageio_ffmpeg
     result = subprocess.run(
         [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", "-threads", "1",
-         "-protocol_whitelist", "file", "-i", Path(video).absolute(), "-fps_mode", "passthrough", "-q:v", "2",
-         "-vf", "scale='if(gt(iw,ih),-1,256)':'if(gt(iw,ih),256,-1)'", "img_%05d.jpg"],
+         "-protocol_whitelist", "file", "-i", Path(video).absolute(), "-fps_mode", "passthrough",
+         "-q:v", "2", "-vf", "scale='if(gt(iw,ih),-1,256)':'if(gt(iw,ih),256,-1)'", "img_%05d.jpg"],
         cwd=folder, capture_output=True, text=True, errors="replace")  # a path may hold a %
     said = (result.stderr.strip().splitlines() or [""])[-1]
     if result.returncode or not os.listdir(folder):
@@ -618,10 +618,8 @@ def extract(videos, frames, workers=None):
         part.rename(target)
         return said and f"damaged {video}, its readable frames are kept: {said}"
 
-    problems = []
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for problem in tqdm(pool.map(convert, jobs.items()), "videos", len(jobs)):
-            problems += [problem] if problem else []
+        problems = [*filter(None, tqdm(pool.map(convert, jobs.items()), "videos", len(jobs)))]
     print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
     done = sum(target.is_dir() for target in jobs)
     print(f"{done} of {len(jobs)} videos are frames in {frames}")
@@ -728,18 +726,13 @@ def main():
     extracting.add_argument("frames", help="the folder to write to; continued if it exists")
     extracting.add_argument("--workers", type=at_least(1), help="videos at a time (all cores)")
     checking = commands.add_parser("check", help="decode every frame and list what is broken")
-    checking.add_argument("frames", help="a folder of frames, as train.py takes it")
+    checking.add_argument("root", metavar="frames", help="a folder of frames, as train.py takes it")
     checking.add_argument("--workers", type=at_least(1), help="clips at a time (all cores)")
     rendering = commands.add_parser("demo", help="render the demo world")
-    rendering.add_argument("dir", help="the folder to create")
+    rendering.add_argument("root", metavar="dir", help="the folder to create")
     rendering.add_argument("--seed", type=at_least(0), default=0, help="random seed (%(default)s)")
-    args = parser.parse_args()
-    if args.command == "extract":
-        extract(args.videos, args.frames, args.workers)
-    elif args.command == "check":
-        check(args.frames, args.workers)
-    else:
-        demo(args.dir, args.seed)
+    args = vars(parser.parse_args())
+    dict(extract=extract, check=check, demo=demo)[args.pop("command")](**args)
 
 
 if __name__ == "__main__":
