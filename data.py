@@ -235,11 +235,10 @@ def _match(path, which, folders, root, allow_missing):
         there = by_stem.get(_stem(name).lower(), [])
         if above and in_classes:  # one of this name in another class is another clip
             there = [clip for clip in there if class_key(clip[0][0]) == class_key(above[0])]
-        if len(there) > 1:
-            fits = [(len(os.path.commonprefix([parents, [*above]])), own == name,
-                     _stem(own) == _stem(name)) for parents, own, _ in there]
-            there = [clip for clip, fit in zip(there, fits) if fit == max(fits)]
-        return {folder: next(iter(parents or above), None) for parents, _, folder in there}
+        fits = [(len(os.path.commonprefix([parents, [*above]])), own == name,
+                 _stem(own) == _stem(name)) for parents, own, _ in there]
+        return {folder: next(iter(parents or above), None)
+                for (parents, _, folder), fit in zip(there, fits) if fit == max(fits)}
 
     for where, readings in entries:
         found = {clip: (folder, label) for parts, label in readings
