@@ -118,7 +118,7 @@ def parser():
          "{} in it is the seed, where there are several")
     flag("--eval-only", action="store_true", help="do not train")
     flag("--eval-every", type=at_least(1), help="epochs between evaluations (only at the end)")
-    flag("--shuffle-frames", action="store_true", 
+    flag("--shuffle-frames", action="store_true",
          help="a control: the frames of each test clip in random order")
     flag("--workers", type=at_least(0), default=min(8, os.cpu_count()),
          help="processes that load clips (%(default)s)")
@@ -149,21 +149,16 @@ FREE = ("eval_every", "eval_data", "data", "train_list", "test_list", "labels", 
 # Flags that describe the model: a checkpoint of ours brings them along.
 MODEL = ("clip", "activation", "num_frames", "prompts", "no_adapters", "temporal_adapter", "tune")
 PLAIN = (str, int, float, type(None))
-CHECKPOINT = dict(  # kinds as of `fits`
-    args={"": (*PLAIN, [PLAIN])}, state_dict={"": torch.Tensor}, optimizer=dict, step=int,
-    seconds=float, rows=[{"": (int, float)}], sums=[float], classes=[str], data_sha256=str,
-    backbone_sha256=str)
+CHECKPOINT = dict(  # types of a value, of what it holds, and of what that holds
+    args=[dict, (*PLAIN, list), PLAIN], state_dict=[dict, torch.Tensor], optimizer=[dict],
+    step=[int], seconds=[float], rows=[list, dict, (int, float)], sums=[list, float],
+    classes=[list, str], data_sha256=[str], backbone_sha256=[str])
 
 
-def fits(value, kind):
-    """Whether a value is of a kind: a type, a tuple of kinds, [kind], or {"": kind} of values."""
-    if isinstance(kind, tuple):
-        return any(fits(value, each) for each in kind)
-    if not isinstance(kind, (list, dict)):
-        return isinstance(value, kind)
-    each, = kind.values() if isinstance(kind, dict) else kind
-    return type(value) is type(kind) and all(
-        fits(v, each) for v in (value.values() if isinstance(kind, dict) else value))
+def fits(value, types, *inner):
+    """Whether a value is of these types, and what it holds, if anything, of the inner ones."""
+    held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return isinstance(value, types) and (not inner or all(fits(each, *inner) for each in held))
 
 
 def parse(argv):
@@ -180,7 +175,7 @@ def parse(argv):
     path = out / "last.pt" if resumed else args.checkpoint
     saved = read_weights(path) if path else {}
     if isinstance(saved, dict) and "backbone_sha256" in saved:
-        damaged = [key for key, kind in CHECKPOINT.items() if not fits(saved.get(key), kind)]
+        damaged = [key for key, types in CHECKPOINT.items() if not fits(saved.get(key), *types)]
         if damaged:
             raise ValueError(f"{path}: is a damaged checkpoint: {', '.join(damaged)}")
         old = {k: v for k, v in saved["args"].items() if k not in HERE
