@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import csv
 import hashlib
+import io
 import json
 import math
 import os
@@ -415,11 +416,12 @@ def print_table(rows):
 
 
 def write(path, save):
-    """Write a file as a whole or not at all: save(temporary path), flush to the disk, rename."""
+    """Write a file as a whole or not at all: save(temporary file), flush to the disk, rename."""
     temporary = path.with_name(path.name + ".tmp")
     try:
-        save(temporary)
-        with open(temporary, "rb+") as file:
+        with open(temporary, "wb") as file:
+            save(file)
+            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except OSError as error:
@@ -513,15 +515,14 @@ def train(model, split, tests, args, saved):
         step, seconds, rows, sums = (saved[key] for key in ("step", "seconds", "rows", "sums"))
         print(f"resumed at step {step} of {total}")
 
-    def save(path):
+    def save(file):
         if not all(p.isfinite().all() for p in new.values()):
             raise ArithmeticError(f"step {step}: the weights are no longer finite, and not saved; "
                                   "a lower --lr may help")
-        with open(path, "wb") as file:  # of which torch.save hands on what goes wrong
-            torch.save({"state_dict": {name: p.detach() for name, p in new.items()},
-                        "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
-                        "rows": rows, "sums": sums, "args": vars(args), "classes": classes,
-                        "data_sha256": data_sha256, "backbone_sha256": model.weights_sha256}, file)
+        torch.save({"state_dict": {name: p.detach() for name, p in new.items()},
+                    "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds,
+                    "rows": rows, "sums": sums, "args": vars(args), "classes": classes,
+                    "data_sha256": data_sha256, "backbone_sha256": model.weights_sha256}, file)
 
     def learn(videos, labels, indices):
         """A step of the optimizer -> [loss, contrastive, motion]."""
@@ -594,31 +595,28 @@ def train(model, split, tests, args, saved):
 
 
 def write_log(path, rows):
-    def save(temporary):
-        with open(temporary, "w", newline="") as file:
-            keys = dict.fromkeys(key for row in rows for key in row)
-            writer = csv.DictWriter(file, keys)
-            writer.writeheader()
-            writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
-    write(path, save)
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, dict.fromkeys(key for row in rows for key in row))
+    writer.writeheader()
+    writer.writerows({key: f"{value:.6g}" for key, value in row.items()} for row in rows)
+    write(path, lambda file: file.write(text.getvalue().encode()))
 
 
 def figure(width, height, mosaic, **options):
     """-> figure, {name: axis}, in the one style of all pictures; colours of Okabe and Ito."""
     import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    colours = plt.cycler(color=["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"])
-    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
-                         "legend.frameon": False, "axes.prop_cycle": colours,
-                         "text.parse_math": False})  # names may hold a $
-    return plt.subplot_mosaic(mosaic, figsize=(width, height), layout="constrained", **options)
+    from matplotlib.figure import Figure
+    colours = ["#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9"]
+    matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False,
+                                "axes.prop_cycle": matplotlib.cycler(color=colours),
+                                "legend.frameon": False,
+                                "text.parse_math": False})  # names may hold a $
+    fig = Figure((width, height), layout="constrained")
+    return fig, fig.subplot_mosaic(mosaic, **options)
 
 
 def save_figure(fig, path):
-    import matplotlib.pyplot as plt
-    write(path, lambda temporary: fig.savefig(temporary, dpi=120, format="png"))
-    plt.close(fig)
+    write(path, lambda file: fig.savefig(file, dpi=120, format="png"))
 
 
 def plot_curves(path, rows):
@@ -731,7 +729,7 @@ def recorded(job):
                    "versions": versions, "device": args.device,
                    "seconds": round(time.monotonic() - began, 1), **content}
         write(Path(args.out) / "results.json",
-              lambda path: path.write_text(json.dumps(content, indent=1) + "\n"))
+              lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
         return content
     return wrapper
 
@@ -899,7 +897,7 @@ def demo(argv):
                           vision_layers=3, text_width=64, text_layers=2, prompts="none",
                           adapters=False))
     torch.nn.init.normal_(model.visual.positional_embedding, std=0.7)  # else places are not learnt
-    write(out / "random.pt", lambda path: torch.save(model.state_dict(), path))
+    write(out / "random.pt", lambda file: torch.save(model.state_dict(), file))
 
     common = ["--templates", "{}", "--no-augment", "--seed", str(args.seeds[0]),
               "--device", args.device, "--workers", str(args.workers), *["--resume"] * args.resume]
