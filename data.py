@@ -642,28 +642,28 @@ def demo_class(colour, word, still=False):
     return f"a {colour} shape {'moving to the' if place else 'getting'} {word}"
 
 
-def demo_frames(colour, pair, t, rng, size=36):
-    """Frames (len(t), size, size, 3) of a shape on grey that moves, grows or fades as t says.
+def demo_frames(colour, pair, t, rng):
+    """Frames (len(t), 36, 36, 3) of a shape on grey that moves, grows or fades as t says.
 
     t runs from 1 to -1 for the first of twins and back for the second: nothing but the order of the
     frames tells them apart. The world is 32 x 32; the rim is what evaluation crops away.
     """
     shape, grey = rng.integers(5), rng.uniform(10, 110)
-    x, y = size / 2 - 0.5 + rng.uniform(-2, 2, (2, 1))
+    x, y = 17.5 + rng.uniform(-2, 2, (2, 1))
     radius, opacity = rng.uniform(4.5, 6.5), rng.uniform(0.55, 0.7)
     travel, growth = rng.uniform(15, 21) / 2, rng.uniform(0.6, 0.8) / 2
     x, y = x + travel * t * (pair == 0), y + travel * t * (pair == 1)
     r = (radius * np.exp(-growth * t * (pair == 2)))[:, None, None]
     opacity = np.minimum(1, opacity * (1 - 0.6 * t * (pair == 3)))[:, None, None]
-    dx = np.abs(np.arange(size) - x[:, None])[:, None, :]
-    dy = (np.arange(size) - y[:, None])[:, :, None]
+    dx = np.abs(np.arange(36) - x[:, None])[:, None, :]
+    dy = (np.arange(36) - y[:, None])[:, :, None]
     distance = np.hypot(dx, dy)
     edge = (distance - r,  # circle, square, triangle, cross, ring
             np.maximum(dx, abs(dy)) - 0.9 * r,
             np.maximum(dy, 0.87 * dx - dy / 2) - 0.65 * r,
             np.minimum(np.maximum(dx, 3 * abs(dy)), np.maximum(3 * dx, abs(dy))) - r,
             abs(distance - 0.7 * r) - 0.3 * r)[shape]
-    mask = (opacity * np.clip(0.5 - edge, 0, 1))[..., None]  # (T, size, size, 1)
+    mask = (opacity * np.clip(0.5 - edge, 0, 1))[..., None]  # (T, 36, 36, 1)
     frames = grey + mask * (np.array(COLOURS[colour]) - grey)
     return np.clip(frames + rng.normal(0, 6, frames.shape), 0, 255).astype(np.uint8)
 
