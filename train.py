@@ -179,6 +179,7 @@ def parse(argv):
         damaged = [key for key, types in CHECKPOINT.items() if not fits(saved.get(key), *types)]
         if damaged:
             raise ValueError(f"{path}: is a damaged checkpoint: {', '.join(damaged)}")
+        del saved["state_dict"]  # build_model has it read where it is needed
         old = {k: v for k, v in saved["args"].items() if k not in HERE
                and k in (vars(args) if resumed else MODEL)}
         old["eval_data"] = None if args.eval_data else old.get("eval_data")  # or argparse appends
@@ -196,9 +197,7 @@ def parse(argv):
         saved, args.clip = None, args.checkpoint or args.clip or "ViT-B/16"
     if not (args.data or args.eval_only):
         raise ValueError(f"{out}: no run to resume there, and no --data to start one")
-    if saved:
-        del saved["state_dict"]  # build_model has it read where it is needed
-    args.out, args.resume, (args.seed, *_) = str(out), resumed, args.seeds
+    args.out, args.resume, args.seed = str(out), resumed, args.seeds[0]
     return args, saved, path
 
 
@@ -345,8 +344,7 @@ def evaluate(model, split, args):
     model.eval()
     classes, n = split.classes, len(split.clips)
     dataset = data.Clips(split, args.num_frames, model.config.image_size)
-    keys = [[(0, i) for i in range(start, min(start + args.batch_size, n))]
-            for start in range(0, n, args.batch_size)]
+    keys = [[(0, i) for i in part.tolist()] for part in torch.arange(n).split(args.batch_size)]
     confusion, hits = np.zeros((len(classes), len(classes)), int), 0
     torch.manual_seed(args.seed)  # of --shuffle-frames
     texts = encode_classes(classes, args, model)
@@ -696,6 +694,9 @@ def plot_predictions(path, videos):
         maps = 100 * maps.mean(2).numpy()  # of the heads, (T, layers, L+1), in per cent
         grid = math.isqrt(maps.shape[2] - 2)
         patches = maps[:, -1, 1:-1].reshape(T, grid, grid)
+        for row in rows:
+            axes[f"{row} {i}"].set(xlim=(0.5, T + 0.5), xticks=[], yticks=[])
+            axes[f"{row} {i}"].spines[:].set_visible(False)
         for t in range(T):
             box = (t + 0.52, t + 1.48, 0, 1)
             axes[f"frames {i}"].imshow(clip[t].permute(1, 2, 0).numpy(), extent=box, aspect="auto")
@@ -707,11 +708,7 @@ def plot_predictions(path, videos):
                 maps[..., -1].T, extent=(0.5, T + 0.5, layers + 0.5, 0.5), **style)
             fig.colorbar(image, axes[f"prompt bar {i}"], label="attention to\nprompt (%)")
             axes[f"prompt {i}"].set(ylabel="layer", yticks=range(1, layers + 1, 1 + layers // 8))
-        axes[f"frames {i}"].set_yticks([])
-        axes[f"patches {i}"].set(ylabel="last\nlayer", yticks=[])
-        for row in rows:
-            axes[f"{row} {i}"].set(xlim=(0.5, T + 0.5), xticks=[])
-            axes[f"{row} {i}"].spines[:].set_visible(False)
+        axes[f"patches {i}"].set_ylabel("last\nlayer")
         axes[f"{[*rows][-1]} {i}"].set(xlabel="frame", xticks=range(1, T + 1))
         axes[f"frames {i}"].set_title(title, fontsize=10, wrap=True)
         axes[f"frames bar {i}"].axis("off")
@@ -745,7 +742,7 @@ def run(argv):
     if not args.eval_only and not (split.clips and content["trainable"]):
         raise ValueError("nothing to train: no prompts, no adapters, no --tune all"
                          if split.clips else f"{args.data}: no training clips")
-    for part in (*([] if args.eval_only else [split]), *tests.values()):
+    for part in tests.values() if args.eval_only else (split, *tests.values()):
         tokens_of(part.classes, args, model)  # a bad text is to show before anything is written
     out.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=out).close()  # an error now, if the folder cannot be written to
@@ -835,7 +832,7 @@ def predict(argv):
             raise ValueError(f"{path}: no such video, nor folder of frames")
     if args.picture and len(args.predict) > 50:
         raise ValueError(f"--picture shows at most 50 videos, not {len(args.predict)}")
-    if args.picture and not os.path.isdir(os.path.dirname(args.picture) or "."):
+    if args.picture and not Path(args.picture).parent.is_dir():
         raise ValueError(f"{args.picture}: no such folder to write to")
     names, videos, pictures = args.class_names or [], [], []
     if len(names) == 1 and (names[0].endswith(FILES_OF_NAMES) or os.path.isfile(names[0])):
