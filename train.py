@@ -653,10 +653,8 @@ def plot_confusion(path, tests, results):
 
 def plot_demo(path, frames, results):
     """A strip of frames for each of eight actions, and below them the ablation as bars."""
-    words = [word for twins in data.TWINS for word in twins]
-    mosaic = [*zip(words[::2], words[1::2]), ("bars", "bars")]
-    fig, axes = figure(8, 7, mosaic, height_ratios=[1, 1, 1, 1, 4])
-    for colour, word in zip(np.repeat([*data.COLOURS], 2), words):
+    fig, axes = figure(8, 7, [*data.TWINS, ("bars", "bars")], height_ratios=[1, 1, 1, 1, 4])
+    for colour, word in zip(np.repeat([*data.COLOURS], 2), np.ravel(data.TWINS)):
         name = data.demo_class(colour, word)
         clip = next((frames / name).iterdir())
         strip = [np.asarray(data.read_frame(clip / n)) for n in data.frame_names(clip)[::2]]
