@@ -392,7 +392,7 @@ def average(results):
         return {key: average([r[key] for r in results]) for key in results[0]}
     n = [r["n"] for r in results]
     mean = {"n": n[0] if n.count(n[0]) == len(n) else n, "runs": len(n)}
-    for key in {"top1", "top5"} & results[0].keys():
+    for key in [key for key in ("top1", "top5") if key in results[0]]:
         values = [r[key] for r in results]
         mean |= {key: round(statistics.mean(values), 2),
                  f"{key}_std": round(statistics.stdev(values), 2)}
