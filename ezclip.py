@@ -122,19 +122,20 @@ class Attention(nn.Module):
 
     def forward(self, x, context=None, only=None):
         """(N, L, D) -> (N, L, D): x attends to itself and, where given, to `context` (N, C, D).
-        With `only`, a position in each sequence, -> (N, 1, D): that token is the only query."""
-        N, L, D = x.shape
+        With `only`, a position in each sequence (N, 1, 1), -> (N, 1, D): its token alone asks."""
+        _, L, D = x.shape
         weight, bias, dropout = self.in_proj_weight, self.in_proj_bias, self.dropout
-        mask = None
-        q = F.linear(x if only is None else _pick(x, only), weight[:D], bias[:D])
+        queries = x if only is None else x.take_along_dim(only, 1)  # (N, 1, D)
+        q = F.linear(queries, weight[:D], bias[:D])
         x = x if context is None else torch.cat([x, context], 1)
         kv = F.linear(x, weight[D:], bias[D:])  # (N, L+C, 2D)
         q, k, v = (y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
                    for y in (q, *kv.chunk(2, -1)))  # (N, H, L, D/H), (N, H, L+C, D/H) twice
         if self.watch:
             self.watch(q, k)
+        mask = None
         if self.causal and only is not None:
-            mask = torch.arange(L, device=x.device) <= only.view(N, 1, 1, 1)
+            mask = torch.arange(L, device=x.device) <= only.unsqueeze(1)  # (N, 1, 1, L)
         if self.training and dropout and x.device.type == "cpu" and not self.causal:
             n = max(1, 2**19 // (self.heads * q.shape[2] * L))  # whose weights fit into a cache
             x = torch.cat([recomputed(_attend, *part, dropout)
@@ -144,11 +145,6 @@ class Attention(nn.Module):
                 q, k, v, mask, dropout if self.training else 0.0,
                 is_causal=self.causal and only is None)
         return self.out_proj(x.transpose(1, 2).flatten(2))
-
-
-def _pick(x, positions):
-    """(N, L, D) -> (N, 1, D): the token of each sequence at its position."""
-    return x[torch.arange(len(x), device=x.device), positions].unsqueeze(1)
 
 
 def _attend(q, k, v, dropout):
@@ -205,7 +201,7 @@ class Block(nn.Module):
 
     def forward(self, x, num_frames, prompt=None, only=None):
         """x: (B*T, L, D), the frames of a video adjacent (texts: T = 1); prompt: (T, D) or None.
-        Returns (B*T, L, D), or (B*T, 1, D): the tokens at the positions `only`."""
+        Returns (B*T, L, D), or (B*T, 1, D): the tokens at the positions `only`, (B*T, 1, 1)."""
         (BT, L, D), T = x.shape, num_frames
         B = BT // T
         if self.temporal_adapter is not None:
@@ -217,7 +213,7 @@ class Block(nn.Module):
             z = prompt + x.mean(1).view(B, T, D)
             z = self.ln_1(self.drop_path(self.attn(self.ln_1(z)), B).view(BT, 1, D))
         y = self.attn(self.ln_1(x), z, only)
-        x = x if only is None else _pick(x, only)
+        x = x if only is None else x.take_along_dim(only, 1)
         x = x + self.drop_path(y, B)  # (B*T, L, D); L = 1 with `only`
         x, y = recomputed(self.adapt, x)
         return x + self.drop_path(self.mlp(y).view_as(x), B)
@@ -242,8 +238,8 @@ class Transformer(nn.Module):
         self.prompt_dropout, self.recompute = config.prompt_dropout, config.recompute
 
     def forward(self, x, only, num_frames=1):
-        """(B*T, L, D) -> (B*T, D): the tokens at the positions `only`, which are all that the last
-        block computes after its attention."""
+        """(B*T, L, D) -> (B*T, D): the tokens at the positions `only`, (B*T, 1, 1), which are all
+        that the last block computes after its attention."""
         prompts = ()
         if self.temporal_prompts is not None:
             prompts = F.dropout(self.temporal_prompts, self.prompt_dropout, self.training)
@@ -272,7 +268,7 @@ class VisionTransformer(nn.Module):
         x = self.conv1(frames).flatten(2).transpose(1, 2)  # (B*T, L-1, D)
         x = torch.cat([self.class_embedding.to(x.dtype).expand(len(x), 1, -1), x], dim=1)
         x = self.ln_pre(x + self.positional_embedding)  # (B*T, L, D)
-        x = self.transformer(x, x.new_zeros(len(x), dtype=torch.long), num_frames)
+        x = self.transformer(x, x.new_zeros(len(x), 1, 1, dtype=torch.long), num_frames)
         return self.ln_post(x) @ self.proj
 
 
@@ -371,7 +367,7 @@ class EZCLIP(nn.Module):
             raise ValueError(f"a text of {tokens.shape[1]} tokens is longer than "
                              f"context_length {self.config.context_length}")
         x = self.token_embedding(tokens) + self.positional_embedding[: tokens.shape[1]]
-        return self.ln_final(self.transformer(x, end)) @ self.text_projection
+        return self.ln_final(self.transformer(x, end.view(-1, 1, 1))) @ self.text_projection
 
     def similarity(self, video_features, text_features):
         """Logits exp(logit_scale) * cosine, always in fp32: (B, E), (N, E) -> (B, N)."""
