@@ -506,12 +506,11 @@ def _cosine(a, b):
 # Weights files. A file is hostile until it has been read; nothing in it is ever executed.
 
 _URL = "https://openaipublic.azureedge.net/clip/models"
-_RELEASES = {
-    "ViT-B/32": ("ViT-B-32.pt", "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af"),
-    "ViT-B/16": ("ViT-B-16.pt", "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f"),
-    "ViT-L/14": ("ViT-L-14.pt", "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836"),
-    "ViT-L/14@336px": ("ViT-L-14-336px.pt",
-                       "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02"),
+_RELEASES = {  # name: SHA-256
+    "ViT-B/32": "40d365715913c9da98579312b702a82c18be219cc2a73407c4526f58eba950af",
+    "ViT-B/16": "5806e77cd80f8b59890b7e101eabd078d9fb84e6937f9e85e4ecb61988df416f",
+    "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
+    "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
 
 # From our parameter names to a file's, substituted in this order: so errors name the file's keys.
@@ -531,9 +530,9 @@ _NO_WEIGHTS = r"(input_resolution|context_length|vocab_size|(.*\.)?(position_ids
 
 def _locate(name_or_path):
     """-> path of the file and its SHA-256, after a download where that is needed."""
-    path, expected = Path(name_or_path).expanduser(), None
-    if str(name_or_path) in _RELEASES:
-        file, expected = _RELEASES[str(name_or_path)]
+    path, expected = Path(name_or_path).expanduser(), _RELEASES.get(str(name_or_path))
+    if expected:
+        file = re.sub("[/@]", "-", str(name_or_path)) + ".pt"
         path, url = Path.home() / ".cache/clip" / file, f"{_URL}/{expected}/{file}"
         if not path.exists():
             try:
@@ -558,14 +557,13 @@ class _WeightsFile:
 
     def __init__(self, path):
         self.path = path
-        state = read_weights(path)
-        run = state if isinstance(state, dict) else {}  # of train.py, or nothing of the kind
-        self.backbone_sha256 = run.get("backbone_sha256")
+        run = state = read_weights(path)  # what train.py saved, or the state alone
         for key in ("model_state_dict", "state_dict"):
             if isinstance(state, dict) and isinstance(state.get(key), dict):
                 state = state[key]
         if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
             raise ValueError(f"{path}: not weights, for it is no dict of names and tensors")
+        self.backbone_sha256, self.args = run.get("backbone_sha256"), run.get("args")
         prefix = "module." if all(key.startswith("module.") for key in state) else ""
         self.state = {key[len(prefix):]: value for key, value in state.items()
                       if not re.fullmatch(_NO_WEIGHTS, key[len(prefix):])}
@@ -578,9 +576,8 @@ class _WeightsFile:
         added = re.compile(r".*(resblocks\.\d+\.(T_|temporal_)?[Aa]dapter\.|T_prompt|temporal_)")
         self.partial = bool(self.backbone_sha256) and "visual.conv1.weight" not in self.state
         self.adapted = self.partial or any(map(added.match, self.state))
-        self.args, kinds = run.get("args"), dict(
-            clip=str, activation=str, num_frames=int, prompts=str, no_adapters=bool,
-            temporal_adapter=bool)
+        kinds = dict(clip=str, activation=str, num_frames=int, prompts=str, no_adapters=bool,
+                     temporal_adapter=bool)
         if self.backbone_sha256 and (type(self.args) is not dict or any(
                 type(self.args.get(name)) is not kind for name, kind in kinds.items())):
             raise ValueError(f"{path}: is a damaged checkpoint: args")
@@ -684,22 +681,19 @@ def read_weights(path):
     told apart by their content. One that cannot be read is a ValueError that names it.
     """
     try:
-        return _read(path, os.path.getsize(path))
+        size = os.path.getsize(path)
+        with open(path, "rb") as file:
+            header = file.read(9)
+            if header[8:] == b"{" and int.from_bytes(header[:8], "little") < size:
+                from safetensors.torch import load_file
+                return load_file(path)
+            file.seek(0)
+            return (_read_archive if header.startswith(b"PK") else _read_legacy)(file, size)
     except FileNotFoundError:
         raise
     except Exception as error:  # there is no bound to what a hostile file makes a reader raise
         reason = ": ".join(filter(None, (type(error).__name__, " ".join(str(error).split())[:160])))
         raise ValueError(f"{path}: cannot be read as weights: {reason}") from None
-
-
-def _read(path, size):
-    with open(path, "rb") as file:
-        header = file.read(9)
-        if header[8:] == b"{" and int.from_bytes(header[:8], "little") < size:
-            from safetensors.torch import load_file
-            return load_file(path)
-        file.seek(0)
-        return (_read_archive if header.startswith(b"PK") else _read_legacy)(file, size)
 
 
 def _read_archive(file, size):

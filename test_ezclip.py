@@ -729,13 +729,13 @@ def test_damaged_files_are_errors_or_correct(tmp_path):
 def test_releases_are_found_downloaded_and_checked(tmp_path, monkeypatch):
     torch.save(small(prompts="none", adapters=False).state_dict(), tmp_path / "served.pt")
     sha256 = hashlib.sha256((tmp_path / "served.pt").read_bytes()).hexdigest()
-    served = tmp_path / sha256 / "tiny.pt"
+    served = tmp_path / sha256 / "ViT-B-16.pt"
     served.parent.mkdir()
     (tmp_path / "served.pt").rename(served)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setattr(ezclip, "_URL", tmp_path.as_uri())
-    monkeypatch.setitem(ezclip._RELEASES, "ViT-B/16", ("tiny.pt", sha256))
-    cached = tmp_path / "home/.cache/clip/tiny.pt"
+    monkeypatch.setitem(ezclip._RELEASES, "ViT-B/16", sha256)
+    cached = tmp_path / "home/.cache/clip/ViT-B-16.pt"
     served.write_bytes(served.read_bytes() + b"!")  # a transfer gone wrong leaves nothing behind
     with pytest.raises(OSError, match=str(cached)):
         EZCLIP.from_pretrained("ViT-B/16")
