@@ -6,6 +6,7 @@ import csv
 import hashlib
 import importlib.util
 import io
+import itertools
 import json
 import math
 import multiprocessing
@@ -13,6 +14,7 @@ import os
 import pickle
 import random
 import re
+import resource
 import shutil
 import signal
 import statistics
@@ -699,7 +701,6 @@ def mutations(content, rng):
 def test_damaged_files_are_errors_or_correct(tmp_path):
     """EZCLIP_SLOW=1: thousands. Zip archives have checksums; in the other formats a changed number
     is a number, so that there only names and shapes can be compared."""
-    import resource
     model = small(prompts="none", adapters=False, vision_width=64, vision_layers=1, text_layers=1)
     example, expected = golden_inputs(1, 1), model.state_dict()
     with torch.no_grad():
@@ -1246,7 +1247,8 @@ def test_demo_world(tmp_path):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """`frames` on disk, a small `clip`, and the flags `common` to a run of a second."""
+    """`frames` on disk, a small `clip`, and the flags `common` to a run of a second; the folder of
+    a `whole` run with `flags`."""
     folder = tmp_path_factory.mktemp("world")
     frames = str(frames_folder(folder / "frames", ("Archery", "BabyCrawling", "Clap")))
     torch.manual_seed(0)
@@ -1256,7 +1258,10 @@ def world(tmp_path_factory):
     torch.save(model.state_dict(), clip)
     common = ["--data", frames, "--clip", clip, "--num-frames", "4", "--epochs", "3",
               "--batch-size", "4", "--lr", "1e-3", "--workers", "0", "--device", "cpu"]
-    return SimpleNamespace(frames=frames, clip=clip, common=common)
+    flags = [*common, "--prompt-lr", "0.01", "--seed", "3", "--eval-every", "1"]
+    train.run([*flags, "--out", str(folder / "whole")])
+    return SimpleNamespace(frames=frames, clip=clip, common=common, flags=flags,
+                           whole=folder / "whole")
 
 
 def command(argv):
@@ -1313,75 +1318,78 @@ def test_training_moves_what_is_trainable_and_nothing_else(world, tmp_path):
             assert moved == (ezclip.is_new(name) or "--tune" in flags), (name, flags)
 
 
-def stop_after(steps, monkeypatch):
-    """Make the next run fail after some steps, each of which saves last.pt."""
-    loader = data.loader
-
-    def stopping(*args, **kwargs):
-        for i, batch in enumerate(loader(*args, **kwargs)):
-            if i == steps:
-                raise ValueError("power cut")
-            yield batch
-
-    monkeypatch.setattr(train, "SAVE_SECONDS", 0)
-    monkeypatch.setattr(data, "loader", stopping)
-
-
-@pytest.mark.parametrize("steps", [2, 3, 7])
-def test_a_resumed_run_equals_one_that_never_stopped(world, tmp_path, monkeypatch, steps):
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    flags = [*world.common, "--prompt-lr", "0.01", "--seed", "3"]
-    results = train.run([*flags, "--out", str(whole)])["results"]
-    with monkeypatch.context() as patch:
-        stop_after(steps, patch)
-        with pytest.raises(ValueError, match="power cut"):
-            train.run([*flags, "--out", str(broken)])
-    assert torch.load(broken / "last.pt", weights_only=True)["step"] == steps
-    resumed = train.run(["--resume", "--out", str(broken), "--workers", "2"])
-    assert resumed["results"] == results
-    a, b = (torch.load(out / "last.pt", weights_only=True) for out in (whole, broken))
-    assert a["step"] == b["step"] == 9
-    assert all(torch.equal(v, b["state_dict"][k]) for k, v in a["state_dict"].items())
-    columns = ("epoch", "loss", "contrastive", "motion", "lr")
-    for x, y in zip(a["rows"], b["rows"], strict=True):
-        assert [x[c] for c in columns] == [y[c] for c in columns]
-    again = train.run([*flags, "--out", str(broken), "--resume"])  # finished: only evaluates
-    assert again["results"] == results
-
-
-def weights(out):
+def learnt(out):
+    """The step, the weights and the log of a last.pt, to compare runs."""
     saved = torch.load(out / "last.pt", weights_only=True)
-    return saved["step"], {key: value.tolist() for key, value in saved["state_dict"].items()}
+    rows = [{k: x for k, x in row.items() if k not in ("seconds", "clips/s")}
+            for row in saved["rows"]]
+    return saved["step"], rows, {key: x.tolist() for key, x in saved["state_dict"].items()}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("where", ["contrastive_loss", "class_probabilities", "write_log"])
-def test_signals_stop_a_run_between_steps(where, number, world, tmp_path, monkeypatch):
-    """In a step, in an evaluation, between them: what was learnt is saved, and --resume goes on."""
-    flags = [*world.common, "--eval-every", "1", "--out"]
-    train.run([*flags, str(tmp_path / "whole")])
-    calls, original = [], getattr(train, where)
+def power_cut(frames):
+    raise ValueError("power cut")
 
-    def signalled(*args):
-        calls.append(1)
-        if len(calls) == (4 if where == "contrastive_loss" else 2):
-            os.kill(os.getpid(), number)
+
+def tear_frames(frames):
+    for path in frames.glob("*/*/*"):
+        path.write_bytes(path.read_bytes()[:200])
+
+
+def kill_worker(frames):
+    worker, = multiprocessing.active_children()
+    worker.kill()
+    time.sleep(0.5)  # in which the news arrives
+
+
+def fill_disk(frames):
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))
+
+
+def saved(step, mended="when that is mended, "):
+    return f"; step {step} of 9 is saved: {mended}the same command with --resume goes on"
+
+
+@pytest.mark.parametrize("where, call, trouble, step, error", [
+    *((where, call, number, step, "stopped" + saved(step, ""))
+      for number in (signal.SIGINT, signal.SIGTERM) for where, call, step in (
+          ("contrastive_loss", 4, 4), ("class_probabilities", 2, 6), ("write_log", 2, 6))),
+    *(("contrastive_loss", step + 1, power_cut, step, "power cut" + saved(step))
+      for step in (2, 3, 7)),
+    ("contrastive_loss", 5, tear_frames, 5, r"\S+/frames/\S+\.jpg: unreadable .*" + saved(5)),
+    ("contrastive_loss", 4, kill_worker, 4, "DataLoader worker .*" + saved(4)),
+    ("contrastive_loss", 5, fill_disk, 3, r"\S+/out/last\.pt: cannot be written "
+     r"\(File too large\); nothing was changed")])
+def test_a_stopped_run_goes_on_and_equals_one_that_never_stopped(
+        where, call, trouble, step, error, world, tmp_path, monkeypatch):
+    """Trouble in a step, in an evaluation, between them: what was learnt is saved."""
+    out, frames, calls = tmp_path / "out", tmp_path / "frames", itertools.count(1)
+    shutil.copytree(world.frames, frames)
+    original, limits = getattr(train, where), resource.getrlimit(resource.RLIMIT_FSIZE)
+    flags = [*world.flags, "--data", str(frames), "--out", str(out)]
+    flags += ["--workers", "1"] if trouble is kill_worker else []
+
+    def troubled(*args):
+        if next(calls) == call:
+            trouble(frames) if callable(trouble) else os.kill(os.getpid(), trouble)
         return original(*args)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, where, signalled)
-        status, errors = command([*flags, tmp_path / "out"])
-    step = 4 if where == "contrastive_loss" else 6
-    line = errors.strip().splitlines()[-1]
-    assert status == 130 and line.startswith("error: stopped; step "), errors
-    assert f"step {step} of 9 is saved: the same command with --resume goes on" in line
-    assert weights(tmp_path / "out")[0] == step
-    assert train.run([*flags, str(tmp_path / "out"), "--resume"])["results"]
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
-    logs = [list(csv.DictReader((tmp_path / out / "log.csv").open())) for out in ("out", "whole")]
-    for row, expected in zip(*logs, strict=True):
-        keys = row.keys() - {"seconds", "clips/s"}
-        assert [row[key] for key in keys] == [expected[key] for key in keys]
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(train, where, troubled)
+            status, errors = command(flags)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    shutil.copytree(world.frames, frames, dirs_exist_ok=True)
+    assert status == (2 if callable(trouble) else 130)
+    assert re.fullmatch(f"error: {error}", errors.strip().splitlines()[-1]), errors
+    assert learnt(out)[0] == step and not list(out.glob("*.tmp"))
+    again = ["--resume", "--out", str(out), "--workers", "2"]  # the flags are remembered
+    results = json.loads((world.whole / "results.json").read_text())["results"]
+    for more in (again if trouble is power_cut else [*flags, "--resume"],
+                 [*flags, "--resume"]):  # has nothing left to do but to evaluate
+        assert train.run(more)["results"] == results
+        assert learnt(out) == learnt(world.whole)
 
 
 START = ("import sys, data, train; train.SAVE_SECONDS = 0;"
@@ -1400,7 +1408,7 @@ def test_a_signal_to_the_whole_group_does_not_break_its_workers(world, tmp_path)
         errors = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in errors, errors
     assert errors.splitlines()[-1].startswith("error: stopped; step ")
-    assert f"step {weights(tmp_path / 'run')[0]} of 9000 is saved" in errors
+    assert f"step {learnt(tmp_path / 'run')[0]} of 9000 is saved" in errors
 
 
 @slow
@@ -1422,80 +1430,9 @@ def test_a_run_that_is_killed_at_fifty_moments(world, tmp_path):
         if process.returncode == 0:
             break
         if (tmp_path / "out/last.pt").exists():
-            steps.add(weights(tmp_path / "out")[0])
+            steps.add(learnt(tmp_path / "out")[0])
     assert kills == 50 and len(steps) > 15, sorted(steps)  # they fell at many different steps
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
-
-
-def test_a_full_disk_leaves_the_old_checkpoint(world, tmp_path, monkeypatch):
-    import resource
-    whole, out = tmp_path / "whole", tmp_path / "out"
-    flags = [*world.common, "--out"]
-    train.run([*flags, str(whole)])
-    with monkeypatch.context() as patch:
-        stop_after(4, patch)
-        with pytest.raises(ValueError, match="power cut"):
-            train.run([*flags, str(out)])
-    before, limits = (out / "last.pt").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        status, errors = command([*flags, out, "--resume"])
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    line = errors.strip().splitlines()[-1]
-    assert status == 2 and f"{out}/last.pt: cannot be written (File too large)" in line, errors
-    assert (out / "last.pt").read_bytes() == before and not list(out.glob("*.tmp"))
-    train.run([*flags, str(out), "--resume"])
-    assert weights(out) == weights(whole)
-
-
-def test_a_frame_that_breaks_stops_the_run_after_saving(world, tmp_path, monkeypatch):
-    root = tmp_path / "frames"
-    shutil.copytree(world.frames, root)
-    flags = [*world.common, "--data", str(root), "--out"]
-    train.run([*flags, str(tmp_path / "whole")])
-    loader, bad = data.loader, sorted(root.glob("*/*/*"))
-    kept = {path: path.read_bytes() for path in bad}
-
-    def breaking(*args, **kwargs):
-        for i, batch in enumerate(loader(*args, **kwargs)):
-            if i == 4:
-                for path in bad:
-                    path.write_bytes(path.read_bytes()[:200])
-            yield batch
-
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "loader", breaking)
-        status, errors = command([*flags, tmp_path / "out"])
-    line = errors.strip().splitlines()[-1]
-    assert status == 2 and re.match(rf"error: {root}/\S+.jpg: unreadable frame .*; step 5 of 9 is "
-                                    "saved: when that is mended, the same command", line), errors
-    for path, content in kept.items():
-        path.write_bytes(content)
-    train.run([*flags, str(tmp_path / "out"), "--resume"])
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
-
-
-def test_a_killed_process_that_loads_clips_stops_the_run_after_saving(world, tmp_path, monkeypatch):
-    flags, calls = [*world.common, "--workers", "1", "--out"], []
-    train.run([*flags, str(tmp_path / "whole")])
-
-    def killing(*args):
-        calls.append(1)
-        if len(calls) == 4:
-            worker, = multiprocessing.active_children()
-            worker.kill()
-            time.sleep(0.5)  # in which the news arrives
-        return contrastive_loss(*args)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "contrastive_loss", killing)
-        status, errors = command([*flags, tmp_path / "out"])
-    line = errors.strip().splitlines()[-1]
-    assert status == 2 and line.startswith("error: DataLoader worker"), errors
-    assert "step 4 of 9 is saved" in line and weights(tmp_path / "out")[0] == 4
-    train.run([*flags, str(tmp_path / "out"), "--resume"])
-    assert weights(tmp_path / "out") == weights(tmp_path / "whole")
+    assert learnt(tmp_path / "out") == learnt(tmp_path / "whole")
 
 
 def test_weights_that_are_not_finite_are_not_saved(world, tmp_path, monkeypatch):
@@ -1503,13 +1440,7 @@ def test_weights_that_are_not_finite_are_not_saved(world, tmp_path, monkeypatch)
     monkeypatch.setattr(train, "learning_rate", lambda step, *_: math.nan if step == 4 else 1.0)
     status, errors = command([*world.common, "--out", tmp_path / "run"])
     assert status == 2 and "error: step 5: the weights are no longer finite" in errors, errors
-    assert weights(tmp_path / "run")[0] == 4
-
-
-def test_workers_change_nothing(world, tmp_path):
-    for workers in "013":
-        train.run([*world.common, "--workers", workers, "--out", str(tmp_path / workers)])
-    assert weights(tmp_path / "0") == weights(tmp_path / "1") == weights(tmp_path / "3")
+    assert learnt(tmp_path / "run")[0] == 4
 
 
 def test_runs_start_from_checkpoints_and_still_resume(world, tmp_path):
