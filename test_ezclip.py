@@ -68,45 +68,42 @@ def near(a, b, tolerance=1e-5):
 
 GOLDEN = {  # what the official code computes for the weights of `official_state`, with labels 0 1 0
     "deep": dict(
-        num_frames=4, vision_layers=3, prompts="deep", temporal_adapter=False, trainable=30848,
+        settings=dict(num_frames=4, vision_layers=3, prompts="deep"), trainable=30848,
         logits=[[-0.22211963, -0.066169381, 2.3303149], [-1.0319574, -0.60340685, 2.3297606],
                 [-1.0103726, -0.79162985, 2.0138543]],
         frames=[[1.1500313, 0.45431387, -1.7114942], [1.1355302, 0.14332947, -1.7301233],
                 [0.58403343, 0.3820172, -1.3743132]],
         kl=(1.5591706, 0.69128489), motion=0.75155944, adamw=[1.8767872, 1.406703, 1.3419107],
-        gradients={"visual.transformer.temporal_prompts": 0.081223071,
-                   "visual.transformer.resblocks.0.adapter.fc1.weight": 2.0930386,
-                   "transformer.resblocks.0.adapter.fc1.weight": 2.5979745}),
+        gradients=(2.0930386, 2.5979745, 0.081223071)),
     "shallow": dict(
-        num_frames=8, vision_layers=2, prompts="shallow", temporal_adapter=False, trainable=21984,
+        settings=dict(num_frames=8, vision_layers=2, prompts="shallow"), trainable=21984,
         logits=[[0.50285494, 0.028942347, 2.1537738], [-0.096601009, -0.56655496, 1.8871311],
                 [0.28456664, 0.12154901, 2.1961598]],
         frames=[[1.9044369, 1.6573672, -1.661504], [1.2966094, 1.3072786, -1.1979185],
                 [1.1255158, 1.7059793, -0.8341617]],
         kl=(1.1871938, 0.71938288), motion=0.76310509, adamw=[1.7163935, 1.4647655, 1.4604343],
-        gradients={"visual.transformer.temporal_prompts": 0.074075818,
-                   "visual.transformer.resblocks.0.adapter.fc1.weight": 2.0708897,
-                   "transformer.resblocks.0.adapter.fc1.weight": 2.3949673}),
+        gradients=(2.0708897, 2.3949673, 0.074075818)),
     "no_prompts": dict(
-        num_frames=4, vision_layers=3, prompts="none", temporal_adapter=False, trainable=29312,
+        settings=dict(num_frames=4, vision_layers=3, prompts="none"), trainable=29312,
         logits=[[-0.33395055, -0.045354679, 2.4126327], [-1.0448312, -0.54493672, 2.3624659],
                 [-1.110914, -0.71627998, 2.0659275]],
         frames=[[1.1059914, 0.43935481, -1.6018614], [1.0301777, 0.25776422, -1.5667386],
                 [0.52227217, 0.34845197, -1.3254588]],
         kl=(1.6011722, 0.69001609), motion=0.74505448, adamw=[1.8906486, 1.4141095, 1.341691],
-        gradients={"visual.transformer.resblocks.0.adapter.fc1.weight": 2.0688183,
-                   "transformer.resblocks.0.adapter.fc1.weight": 2.6706679}),
+        gradients=(2.0688183, 2.6706679)),
     "temporal_adapter": dict(
-        num_frames=4, vision_layers=3, prompts="none", temporal_adapter=True, trainable=54368,
+        settings=dict(num_frames=4, vision_layers=3, prompts="none", temporal_adapter=True),
+        trainable=54368,
         logits=[[-2.2227631, -0.22618061, 0.16822168], [-2.2497141, 0.31690243, 0.64118052],
                 [-2.5180032, 0.38675117, 0.88018358]],
         frames=[[1.3940834, -0.96934175, -0.84976763], [0.99198455, -1.4649835, -0.60307449],
                 [1.1561804, -1.3435769, -0.6822468]],
         kl=(1.1575174, 0.63825876), motion=0.79732829, adamw=[1.6952164, 1.4565101, 1.3566487],
-        gradients={"visual.transformer.resblocks.0.adapter.fc1.weight": 1.806715,
-                   "visual.transformer.resblocks.1.temporal_adapter.fc2.bias": 0.26457962,
-                   "transformer.resblocks.0.adapter.fc1.weight": 1.22648}),
+        gradients=(1.806715, 1.22648, None, 0.26457962)),
 }
+GRADIENTS = ("visual.transformer.resblocks.0.adapter.fc1.weight",
+             "transformer.resblocks.0.adapter.fc1.weight", "visual.transformer.temporal_prompts",
+             "visual.transformer.resblocks.1.temporal_adapter.fc2.bias")
 GOLDEN_TEXT = [[-1.3927568, 0.87939143], [0.16519651, -1.2557135], [-0.46238202, -0.80843037]]
 
 
@@ -161,9 +158,7 @@ def golden_inputs(batch, frames, size=32, context=16, vocab=100):
 
 @pytest.mark.parametrize("case", GOLDEN)
 def test_golden_numbers_of_the_official_code(case, tmp_path):
-    golden = GOLDEN[case]
-    names = ("num_frames", "vision_layers", "prompts", "temporal_adapter")
-    settings = {name: golden[name] for name in names}
+    golden, settings = GOLDEN[case], GOLDEN[case]["settings"]
     state = {f"module.{k}": v for k, v in official_state(**settings).items()}
     torch.save({"epoch": 3, "model_state_dict": state, "optimizer_state_dict": {"state": {}}},
                tmp_path / "official.pt")
@@ -171,7 +166,7 @@ def test_golden_numbers_of_the_official_code(case, tmp_path):
     assert model.config == Config(**{**SMALL, **settings}) and not model.training
     assert model.freeze_backbone() == golden["trainable"]
 
-    video, tokens = golden_inputs(3, golden["num_frames"])
+    video, tokens = golden_inputs(3, settings["num_frames"])
     labels = torch.tensor([0, 1, 0])
     with torch.no_grad():
         near(model.encode_frames(video)[:, 0, :3], golden["frames"])
@@ -195,8 +190,10 @@ def test_golden_numbers_of_the_official_code(case, tmp_path):
         optimizer.zero_grad()
         loss.backward()
         if i == 0:
-            for name, norm in golden["gradients"].items():
-                assert model.get_parameter(name).grad.norm().item() == pytest.approx(norm, rel=1e-3)
+            for name, norm in zip(GRADIENTS, golden["gradients"]):
+                if norm:
+                    norm = pytest.approx(norm, rel=1e-3)
+                    assert model.get_parameter(name).grad.norm().item() == norm
         optimizer.step()
 
 
@@ -364,12 +361,6 @@ def test_attention_with_dropout():
                - torch.eye(4)).max() < 0.01  # four come of one draw
 
 
-def test_uint8_is_normalised_by_the_model():
-    video = torch.randint(256, (1, 4, 3, 32, 32), dtype=torch.uint8)
-    normalised = v2.functional.normalize(video / 255, list(ezclip.CLIP_MEAN), list(ezclip.CLIP_STD))
-    near(small().encode_frames(video), small().encode_frames(normalised))
-
-
 def test_drop_path_drops_whole_clips():
     block = small(drop_path=0.5).visual.transformer.resblocks[-1].train()
     torch.manual_seed(0)
@@ -454,23 +445,16 @@ def test_class_probabilities_average_over_templates():
     near(class_probabilities(video, texts), (100 * cosine).softmax(-1).mean(1), 1e-5)
 
 
-@pytest.mark.parametrize("bad, word", [
-    (dict(num_frames=0), "num_frames"), (dict(prompts="wide"), "prompts"),
-    (dict(drop_path=1.0), "drop_path"), (dict(image_size=33), "image_size"),
-    (dict(activation="relu"), "activation")])
-def test_config_refuses(bad, word):
+@pytest.mark.parametrize("call, word", [
+    (lambda: Config(num_frames=0), "num_frames"), (lambda: Config(prompts="wide"), "prompts"),
+    (lambda: Config(drop_path=1.0), "drop_path"), (lambda: Config(image_size=33), "image_size"),
+    (lambda: Config(activation="relu"), "activation"),
+    (lambda: small().encode_frames(torch.zeros(1, 4, 3, 31, 32)), r"\(B, T, 3, 32, 32\)"),
+    (lambda: small().encode_frames(torch.zeros(1, 5, 3, 32, 32)), "4 frames, the video has 5"),
+    (lambda: small().encode_text(torch.arange(17)[None]), "context_length 16")])
+def test_sizes_that_do_not_fit_are_refused(call, word):
     with pytest.raises(ValueError, match=word):
-        Config(**bad)
-
-
-def test_inputs_of_another_shape_are_refused():
-    model = small()
-    with pytest.raises(ValueError, match=r"\(B, T, 3, 32, 32\)"):
-        model.encode_frames(torch.zeros(1, 4, 3, 31, 32))
-    with pytest.raises(ValueError, match="4 frames, the video has 5"):
-        model.encode_frames(torch.zeros(1, 5, 3, 32, 32))
-    with pytest.raises(ValueError, match="context_length 16"):
-        model.encode_text(torch.arange(17)[None])
+        call()
 
 
 # ---- weights files ----
@@ -514,16 +498,16 @@ def openai_model(seed=0, **settings):
     return model.eval()
 
 
-def torchscript(path, model):
-    example = (torch.zeros(1, 3, 32, 32), torch.zeros(1, 77, dtype=torch.long))
-    torch.jit.trace(model, example).save(str(path))
+@torch.no_grad()
+def torchscript(path, model, *example):
+    torch.jit.trace(model, example, check_trace=False).save(str(path))
 
 
 @pytest.mark.filterwarnings("ignore")
 def test_equal_to_openai(tmp_path):
     model = openai_model()
     video, tokens = torch.randn(2, 2, 3, 32, 32), clip_tokenizer.tokenize(["a dog", "juggling"])
-    torchscript(tmp_path / "script.pt", model)
+    torchscript(tmp_path / "script.pt", model, video[:, 0], tokens)
     torch.save(model.state_dict(), tmp_path / "plain.pt")
     with torch.no_grad():
         for path in tmp_path.iterdir():
@@ -694,10 +678,9 @@ def test_damaged_files_are_errors_or_correct(tmp_path):
     """EZCLIP_SLOW=1: thousands. Zip archives have checksums; in the other formats a changed number
     is a number, so that there only names and shapes can be compared."""
     model = small(prompts="none", adapters=False, vision_width=64, vision_layers=1, text_layers=1)
-    example, expected = golden_inputs(1, 1), model.state_dict()
-    with torch.no_grad():
-        torch.jit.trace(model, example, check_trace=False).save(str(tmp_path / "script.pt"))
-    paths = [*write_formats(tmp_path, expected), tmp_path / "script.pt"]
+    torchscript(tmp_path / "script.pt", model, *golden_inputs(1, 1))
+    expected = model.state_dict()
+    paths = write_formats(tmp_path, expected)
     rng, bad, outcomes = random.Random(0), tmp_path / "bad.pt", []
     before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
     for i in range(6000 if os.environ.get("EZCLIP_SLOW") == "1" else 250):
@@ -747,14 +730,18 @@ def test_releases_are_found_downloaded_and_checked(tmp_path, monkeypatch):
         EZCLIP.from_pretrained("ViT-B/99")
 
 
+def printed_by(code, names):
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output):
+        exec(code, names)
+    return output.getvalue()
+
+
 def test_the_readme_keeps_its_word():
     """Its Python runs and prints what it says; its flags exist."""
     text = (HERE / "README.md").read_text()
     code, printed = text.split("```python\n")[1].split("```\n\n```\n")
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output):
-        exec(code, {})
-    assert output.getvalue() == printed.split("```")[0]
+    assert printed_by(code, {}) == printed.split("```")[0]
     text = re.sub("`python benchmarks/[^`]*`", "", text)  # has flags of its own
     flags = {option for action in train.parser()._actions for option in action.option_strings}
     assert set(re.findall(r"(?<![\w-])--[a-z-]+\b", text)) <= flags
@@ -833,7 +820,8 @@ def test_class_names_become_words():
 
 
 def test_evaluation_takes_the_official_frames():
-    for count, frames in ((8, 8), (12, 4), (164, 8), (300, 16), (5, 8), (1, 8), (7, 1), (6, 1)):
+    for count, frames in ((8, 8), (12, 4), (164, 8), (300, 16), (5, 8), (1, 8), (7, 1), (6, 1),
+                          (20_000, 8)):
         if frames == 1:
             official = [count // 2 + 1]
         elif count < frames:
@@ -936,22 +924,9 @@ def test_folders_and_frames_as_users_have_them(tmp_path):
         path = real / "img_00003.jpg"
         Image.new(mode, size).save(path)
         assert data.crop_frame(data.read_frame(path), 32).shape == (3, 32, 32)
-    for split in splits:
-        loaded = data.Clips(split, 8, 32)
+    for split, train in itertools.product(splits, (True, False)):
+        loaded = data.Clips(split, 8, 32, train=train)
         assert all(loaded[0, i][0].shape == (8, 3, 32, 32) for i in range(len(loaded)))
-
-
-def test_clips_of_one_and_of_very_many_frames(tmp_path):
-    long, one = tmp_path / "frames/Archery/long", tmp_path / "frames/Archery/one"
-    save_frames(one, 1), save_frames(long, 1)
-    for i in range(2, 20_001):
-        (long / f"img_{i}.jpg").symlink_to("img_00001.jpg")
-    assert len(data.frame_names(long)) == 20_000
-    for split in data.index_frames(tmp_path / "frames"):
-        (clip, label), = split.clips
-        for train in (True, False):
-            assert data.Clips(split, 8, 32, train=train)[0, 0][0].shape == (8, 3, 32, 32)
-    assert (data.sample_frames(20_000, 8) == np.arange(8) * 2500 + 1249).all()
 
 
 def test_check_names_all_that_is_broken(tmp_path, capsys):
@@ -1890,8 +1865,5 @@ def test_the_demo(tmp_path, monkeypatch):
     names = {}
     for block in blocks:
         code, printed = block.split("```\n```\n", 1)
-        output = io.StringIO()
-        with contextlib.redirect_stdout(output):
-            exec(code, names)
-        assert output.getvalue().count("\n") == printed.split("```")[0].count("\n")
+        assert printed_by(code, names).count("\n") == printed.split("```")[0].count("\n")
     assert len(blocks) == 2 and names["features"].shape == (960, 64)
