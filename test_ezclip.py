@@ -2,6 +2,7 @@
 other packages where `clip-anytorch` (OpenAI's code) and `transformers` are installed."""
 
 import contextlib
+import copy
 import csv
 import hashlib
 import importlib.util
@@ -1214,8 +1215,8 @@ def test_demo_world(tmp_path):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """`frames` on disk, a small `clip`, and the flags `common` to a run of a second; the folder of
-    a `whole` run with `flags`."""
+    """`frames` on disk, a small `clip`, and the flags `common` to a run of a second; the folder and
+    the `content` of a `whole` run with `flags`."""
     folder = tmp_path_factory.mktemp("world")
     frames = str(frames_folder(folder / "frames", ("Archery", "BabyCrawling", "Clap")))
     torch.manual_seed(0)
@@ -1225,10 +1226,10 @@ def world(tmp_path_factory):
     torch.save(model.state_dict(), clip)
     common = ["--data", frames, "--clip", clip, "--num-frames", "4", "--epochs", "3",
               "--batch-size", "4", "--lr", "1e-3", "--workers", "0", "--device", "cpu"]
-    flags = [*common, "--prompt-lr", "0.01", "--seed", "3", "--eval-every", "1"]
-    train.run([*flags, "--out", str(folder / "whole")])
+    flags = [*common, "--prompt-lr", "0.01", "--seed", "3", "--eval-every", "2"]
+    content = train.run([*flags, "--out", str(folder / "whole")])
     return SimpleNamespace(frames=frames, clip=clip, common=common, flags=flags,
-                           whole=folder / "whole")
+                           whole=folder / "whole", content=content)
 
 
 def command(argv):
@@ -1251,11 +1252,10 @@ def fails(argv, word):
     return errors
 
 
-def test_a_run_and_what_it_leaves(world, tmp_path):
-    out = tmp_path / "run"
-    content = train.run([*world.common, "--out", str(out), "--eval-every", "2"])
+def test_a_run_and_what_it_leaves(world):
+    out, content = world.whole, world.content
     assert json.loads((out / "results.json").read_text()) == content
-    assert content["command"].startswith("python train.py --data ") and content["seeds"] == [0]
+    assert content["command"].startswith("python train.py --data ") and content["seeds"] == [3]
     assert content["versions"]["torch"] == torch.__version__ and content["device"] == "cpu"
     result = content["results"]["frames"]
     assert result["n"] == 3 and result["classes"] == 3 and result["top5"] == 100.0
@@ -1276,21 +1276,19 @@ def test_a_run_and_what_it_leaves(world, tmp_path):
     assert saved["backbone_sha256"] == digest and not list(out.glob("*.tmp"))
 
 
-def test_training_moves_what_is_trainable_and_nothing_else(world, tmp_path):
-    before = {}
+def test_training_moves_what_is_trainable_and_nothing_else(world, tmp_path, monkeypatch):
     original = train.train
 
     def spy(model, *rest):
-        before.update({k: v.clone() for k, v in model.state_dict().items()})
-        spy.model = model
+        spy.after = model.state_dict()  # has the memory of the model
+        spy.before = copy.deepcopy(spy.after)
         return original(model, *rest)
 
+    monkeypatch.setattr(train, "train", spy)
     for flags in ((), ("--tune", "all"), ("--prompts", "none", "--temporal-adapter")):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "train", spy)
-            train.run([*world.common, *flags, "--out", str(tmp_path / "-".join(("run", *flags)))])
-        for name, value in spy.model.state_dict().items():
-            moved = not torch.equal(value, before[name])
+        train.run([*world.common, *flags, "--out", str(tmp_path / "-".join(("run", *flags)))])
+        for name, value in spy.after.items():
+            moved = not torch.equal(value, spy.before[name])
             assert moved == (ezclip.is_new(name) or "--tune" in flags), (name, flags)
 
 
@@ -1329,7 +1327,7 @@ def saved(step, mended="when that is mended, "):
 @pytest.mark.parametrize("where, call, trouble, step, error", [
     *((where, call, number, step, "stopped" + saved(step, ""))
       for number in (signal.SIGINT, signal.SIGTERM) for where, call, step in (
-          ("contrastive_loss", 4, 4), ("class_probabilities", 2, 6), ("write_log", 2, 6))),
+          ("contrastive_loss", 4, 4), ("class_probabilities", 1, 6), ("write_log", 2, 6))),
     *(("contrastive_loss", step + 1, power_cut, step, "power cut" + saved(step))
       for step in (2, 3, 7)),
     ("contrastive_loss", 5, tear_frames, 5, r"\S+/frames/\S+\.jpg: unreadable .*" + saved(5)),
@@ -1361,10 +1359,9 @@ def test_a_stopped_run_goes_on_and_equals_one_that_never_stopped(
     assert re.fullmatch(f"error: {error}", errors.strip().splitlines()[-1]), errors
     assert learnt(out)[0] == step and not list(out.glob("*.tmp"))
     again = ["--resume", "--out", str(out), "--workers", "2"]  # the flags are remembered
-    results = json.loads((world.whole / "results.json").read_text())["results"]
     for more in (again if trouble is power_cut else [*flags, "--resume"],
                  [*flags, "--resume"]):  # has nothing left to do but to evaluate
-        assert train.run(more)["results"] == results
+        assert train.run(more)["results"] == world.content["results"]
         assert learnt(out) == learnt(world.whole)
 
 
@@ -1481,12 +1478,11 @@ def test_folders_of_runs_are_counted(world, tmp_path, monkeypatch):
     train.run(["--data", world.frames, "--clip", world.clip, "--eval-only", "--workers", "0"])
     runs = [f"runs/frames{counter}" for counter in ("", "-2", "-3")]
     assert sorted(map(str, Path("runs").iterdir())) == runs
-    assert train.run_folder(train.parser().parse_args(["--data", "frames", "--resume"])) == Path(
-        "runs/frames-2")  # the last that can be resumed
+    args = train.parser().parse_args(["--data", "frames", "--resume"])
+    assert train.run_folder(args) == Path("runs/frames-2")  # the last that can be resumed
     Path("runs/frames-3/seed1").mkdir()  # or a folder of such runs
     Path("runs/frames-3/seed1/last.pt").touch()
-    assert train.run_folder(train.parser().parse_args(["--data", "frames", "--resume"])) == Path(
-        "runs/frames-3")
+    assert train.run_folder(args) == Path("runs/frames-3")
 
 
 def test_checkpoints_are_evaluated(world, tmp_path):
@@ -1547,14 +1543,13 @@ def test_a_checkpoint_is_loaded_like_any_weights_file(world, tmp_path):
 
 
 def test_predictions(world, tmp_path, capsys, monkeypatch):
-    train.run([*world.common, "--epochs", "1", "--out", str(tmp_path / "run")])
     video, folder = tmp_path / "wave.avi", f"{world.frames}/Clap/clip1"
+    checkpoint = str(world.whole / "last.pt")
     make_video(video)
     names = ["ride a bike", "clap", "wave", "jump", "archery", "run fast"]
     (tmp_path / "names.txt").write_text("\n".join(names))
-    flags = ["--predict", str(video), folder, "--checkpoint", str(tmp_path / "run/last.pt")]
+    flags = ["--predict", str(video), folder, "--checkpoint", checkpoint]
     monkeypatch.chdir(tmp_path)
-    capsys.readouterr()
     train.main([*flags, "--class-names", *names, "--picture", "seen.png"])
     lines, files = capsys.readouterr().out.splitlines(), sorted(tmp_path.rglob("*"))
     assert lines[0] == str(video) and lines[6] == folder and len(lines) == 12
@@ -1564,7 +1559,7 @@ def test_predictions(world, tmp_path, capsys, monkeypatch):
     said = json.loads(capsys.readouterr().out)["videos"]
     assert [v["video"] for v in said] == [str(video), folder]
 
-    model = EZCLIP.from_pretrained(tmp_path / "run/last.pt")
+    model = EZCLIP.from_pretrained(checkpoint)
     clips = torch.stack([data.load_clip(path, 4, 32) for path in (video, folder)])
     tokens = torch.stack([clip_tokenizer.tokenize([t.replace("{}", name) for name in names])
                           for t in data.TEMPLATES])
@@ -1592,7 +1587,7 @@ def test_predictions(world, tmp_path, capsys, monkeypatch):
                        ([folder, "--clip", world.clip], "--class-names is needed"),
                        ([folder, "--data", world.frames], "--data cannot be combined with"),
                        ([folder, "--picture", "gone/a.png"], "gone/a.png: no such folder")):
-        start = ["--checkpoint", tmp_path / "run/last.pt"] if "needed" not in word else []
+        start = ["--checkpoint", checkpoint] if "needed" not in word else []
         fails([*start, "--predict", *more], word)
     fails([*world.common, "--json"], "--json goes with --predict only")
     assert sorted(tmp_path.rglob("*")) == files
