@@ -147,14 +147,14 @@ def official_state(**settings):
     return state
 
 
-def golden_inputs(batch, frames, size=32, context=16, vocab=100):
-    video = np.random.RandomState(7).standard_normal((batch * frames, 3, size, size))
-    tokens = torch.zeros(batch, context, dtype=torch.long)
+def golden_inputs(batch, frames):
+    video = np.random.RandomState(7).standard_normal((batch, frames, 3, 32, 32))
+    tokens = torch.zeros(batch, 16, dtype=torch.long)
     for r in range(batch):
-        n = 4 + (3 * r) % (context - 5)
-        middle = [1 + (7 * r + 5 * j) % (vocab - 3) for j in range(1, n)]
-        tokens[r, :n + 1] = torch.tensor([vocab - 2, *middle, vocab - 1])
-    return torch.tensor(video, dtype=torch.float32).view(batch, frames, 3, size, size), tokens
+        n = 4 + 3 * r % 11
+        middle = [1 + (7 * r + 5 * j) % 97 for j in range(1, n)]
+        tokens[r, :n + 1] = torch.tensor([98, *middle, 99])
+    return torch.tensor(video, dtype=torch.float32), tokens
 
 
 @pytest.mark.parametrize("case", GOLDEN)
@@ -488,17 +488,6 @@ def test_formats_are_recognised_by_content(tmp_path):
         near(plain(video, tokens), model(video, tokens), 0)
 
 
-def openai_model(seed=0, **settings):
-    c = {**SMALL, "context_length": 77, "vocab_size": 49408, **settings}
-    torch.manual_seed(seed)
-    model = peer("model").CLIP(
-        c["embed_dim"], c["image_size"], c["vision_layers"], c["vision_width"], c["patch_size"],
-        c["context_length"], c["vocab_size"], c["text_width"], 1, c["text_layers"])
-    for p in model.parameters():  # norms and biases start too plain to prove anything
-        p.data += 0.02 * torch.randn_like(p)
-    return model.eval()
-
-
 @torch.no_grad()
 def torchscript(path, model, *example):
     torch.jit.trace(model, example, check_trace=False).save(str(path))
@@ -506,7 +495,12 @@ def torchscript(path, model, *example):
 
 @pytest.mark.filterwarnings("ignore")
 def test_equal_to_openai(tmp_path):
-    model = openai_model()
+    torch.manual_seed(0)
+    model = peer("model").CLIP(embed_dim=32, image_resolution=32, vision_layers=3, vision_width=128,
+                               vision_patch_size=8, context_length=77, vocab_size=49408,
+                               transformer_width=64, transformer_heads=1, transformer_layers=2)
+    for p in model.eval().parameters():  # norms and biases start too plain to prove anything
+        p.data += 0.02 * torch.randn_like(p)
     video, tokens = torch.randn(2, 2, 3, 32, 32), clip_tokenizer.tokenize(["a dog", "juggling"])
     torchscript(tmp_path / "script.pt", model, video[:, 0], tokens)
     torch.save(model.state_dict(), tmp_path / "plain.pt")
@@ -1215,20 +1209,21 @@ def test_demo_world(tmp_path):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
-    """`frames` on disk, a small `clip`, and the flags `common` to a run of a second; the folder and
-    the `content` of a `whole` run with `flags`."""
+    """`frames` on disk, a small `clip`, an `official` checkpoint, the flags `common` to a run of a
+    second; the folder and the `content` of a `whole` run with `flags`."""
     folder = tmp_path_factory.mktemp("world")
     frames = str(frames_folder(folder / "frames", ("Archery", "BabyCrawling", "Clap")))
     torch.manual_seed(0)
-    model = EZCLIP(Config(**{**SMALL, "vision_width": 64, "vision_layers": 2, "vocab_size": 49408,
-                             "context_length": 77, "prompts": "none", "adapters": False}))
-    clip = str(folder / "clip.pt")
+    sizes = dict(vision_width=64, vision_layers=2, vocab_size=49408, context_length=77)
+    model = EZCLIP(Config(**{**SMALL, **sizes}, prompts="none", adapters=False))
+    clip, official = str(folder / "clip.pt"), str(folder / "official.pt")
     torch.save(model.state_dict(), clip)
+    torch.save({"model_state_dict": official_state(**sizes, num_frames=5), "epoch": 1}, official)
     common = ["--data", frames, "--clip", clip, "--num-frames", "4", "--epochs", "3",
               "--batch-size", "4", "--lr", "1e-3", "--workers", "0", "--device", "cpu"]
     flags = [*common, "--prompt-lr", "0.01", "--seed", "3", "--eval-every", "2"]
     content = train.run([*flags, "--out", str(folder / "whole")])
-    return SimpleNamespace(frames=frames, clip=clip, common=common, flags=flags,
+    return SimpleNamespace(frames=frames, clip=clip, official=official, common=common, flags=flags,
                            whole=folder / "whole", content=content)
 
 
@@ -1421,12 +1416,10 @@ def test_a_run_stops_when_its_numbers_are_not_finite(world, tmp_path, monkeypatc
 
 def test_runs_start_from_checkpoints_and_still_resume(world, tmp_path):
     """Fine-tuning what an official checkpoint, or a run of ours, has learnt; then --resume."""
-    state = official_state(vision_width=64, vision_layers=2, vocab_size=49408, context_length=77,
-                           num_frames=4)
-    torch.save({"model_state_dict": state}, tmp_path / "official.pt")
+    state = torch.load(world.official, weights_only=True)["model_state_dict"]
     flags = ["--data", world.frames, "--workers", "0", "--device", "cpu", "--epochs", "1",
              "--batch-size", "8", "--lr", "0"]
-    prompts, start = "visual.transformer.temporal_prompts", tmp_path / "official.pt"
+    prompts, start = "visual.transformer.temporal_prompts", world.official
     for out in (tmp_path / "first", tmp_path / "second"):
         results = train.run([*flags, "--checkpoint", str(start), "--out", str(out)])["results"]
         learnt = torch.load(out / "last.pt", weights_only=True)["state_dict"][prompts]
@@ -1491,16 +1484,14 @@ def test_checkpoints_are_evaluated(world, tmp_path):
     ours = [*evaluate, "--checkpoint", str(tmp_path / "run/last.pt"), "--out"]
     assert train.run([*ours, str(tmp_path / "eval")])["results"] == content["results"]
     assert train.run([*ours, str(tmp_path / "shuffled"), "--shuffle-frames"])["results"]
-    state = official_state(vision_width=64, vocab_size=49408, context_length=77, num_frames=5)
-    torch.save({"model_state_dict": state, "epoch": 1}, tmp_path / "official.pt")
-    official = [*evaluate, "--checkpoint", str(tmp_path / "official.pt"), "--out"]
-    assert train.run([*official, str(tmp_path / "official")])["trainable"] > 0
+    official = [*evaluate, "--checkpoint", world.official, "--out", str(tmp_path / "official")]
+    assert train.run(official)["trainable"] > 0
     plain = [*evaluate, "--clip", world.clip, "--out", str(tmp_path / "plain")]
     assert train.run(plain)["results"]["frames"]["n"] == 3
     other = {**torch.load(world.clip, weights_only=True), "logit_scale": torch.tensor(1.0)}
     torch.save(other, tmp_path / "other.pt")
     for file, flags, words in (
-            ("official.pt", ["--clip", world.clip], "leave --clip"),
+            (world.official, ["--clip", world.clip], "leave --clip"),
             (world.clip, [], "is plain CLIP"),
             ("none.pt", [], "none.pt"),
             ("run/last.pt", ["--clip", tmp_path / "other.pt"], "another CLIP"),
