@@ -1315,18 +1315,18 @@ def fill_disk(frames):
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**14, hard))
 
 
-def saved(step, mended="when that is mended, "):
+def goes_on(step, mended="when that is mended, "):
     return f"; step {step} of 9 is saved: {mended}the same command with --resume goes on"
 
 
 @pytest.mark.parametrize("where, call, trouble, step, error", [
-    *((where, call, number, step, "stopped" + saved(step, ""))
+    *((where, call, number, step, "stopped" + goes_on(step, ""))
       for number in (signal.SIGINT, signal.SIGTERM) for where, call, step in (
           ("contrastive_loss", 4, 4), ("class_probabilities", 1, 6), ("write_log", 2, 6))),
-    *(("contrastive_loss", step + 1, power_cut, step, "power cut" + saved(step))
+    *(("contrastive_loss", step + 1, power_cut, step, "power cut" + goes_on(step))
       for step in (2, 3, 7)),
-    ("contrastive_loss", 5, tear_frames, 5, r"\S+/frames/\S+\.jpg: unreadable .*" + saved(5)),
-    ("contrastive_loss", 4, kill_worker, 4, "DataLoader worker .*" + saved(4)),
+    ("contrastive_loss", 5, tear_frames, 5, r"\S+/frames/\S+\.jpg: unreadable .*" + goes_on(5)),
+    ("contrastive_loss", 4, kill_worker, 4, "DataLoader worker .*" + goes_on(4)),
     ("contrastive_loss", 5, fill_disk, 3, r"\S+/out/last\.pt: cannot be written "
      r"\(File too large\); nothing was changed")])
 def test_a_stopped_run_goes_on_and_equals_one_that_never_stopped(
