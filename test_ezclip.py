@@ -200,13 +200,12 @@ def test_golden_numbers_of_the_official_code(case, tmp_path):
 
 def test_trainable_parameters_of_the_paper():
     with torch.device("meta"):
-        sizes = {name: EZCLIP(Config(**c)) for name, c in {
-            "B/16": {}, "B/32": dict(patch_size=32), "L/14": dict(
-                patch_size=14, vision_width=1024, vision_layers=24, text_width=768, embed_dim=768),
-        }.items()}
-    assert sizes["B/16"].freeze_backbone() == sizes["B/32"].freeze_backbone() == 5_204_736
-    assert round(sizes["L/14"].freeze_backbone() / 1e6, 2) == 16.36
-    assert sizes["B/16"].visual.transformer.temporal_prompts.shape == (12, 8, 768)
+        b_16, b_32 = (EZCLIP(Config(patch_size=size)) for size in (16, 32))
+        l_14 = EZCLIP(Config(patch_size=14, vision_width=1024, vision_layers=24, text_width=768,
+                             embed_dim=768))
+    assert b_16.freeze_backbone() == b_32.freeze_backbone() == 5_204_736
+    assert round(l_14.freeze_backbone() / 1e6, 2) == 16.36
+    assert b_16.visual.transformer.temporal_prompts.shape == (12, 8, 768)
 
 
 # ---- the model ----
@@ -375,20 +374,14 @@ def test_drop_path_drops_whole_clips():
 
 @pytest.mark.parametrize("settings", [dict(), dict(prompts="none", temporal_adapter=True)])
 def test_bf16_autocast_is_close_to_fp32(settings):
-    model, (video, tokens) = small(**settings).train(), golden_inputs(2, 4)
-    model.freeze_backbone()
-    losses = []
+    model, losses = small(**settings).train(), []
     for enabled in (False, True):
-        torch.manual_seed(0)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            frames, texts = model.encode_frames(video), model.encode_text(tokens)
-            logits = model.similarity(frames.mean(1), texts)
-            assert class_probabilities(frames.mean(1), texts[None]).dtype == torch.float32
-        loss = contrastive_loss(logits, torch.tensor([0, 1])) + motion_loss(frames)
-        loss.backward()
-        assert loss.dtype == torch.float32
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], rel=0.02) and losses[0] != losses[1]
+            losses.append(loss_and_gradients(model)[0])
+            features = model.encode_video(noise_videos())
+            assert class_probabilities(features, features[None]).dtype == torch.float32
+    assert all(loss.dtype == torch.float32 for loss in losses)
+    assert losses[0].item() == pytest.approx(losses[1].item(), rel=0.02) and losses[0] != losses[1]
 
 
 def test_losses_by_hand():
@@ -1636,9 +1629,8 @@ def test_batches_are_a_function_of_the_step():
 
 def test_base_to_novel_trains_on_the_frequent_half(tmp_path, capsys):
     root = tmp_path / "frames"
-    for name, count in (("A", 1), ("B", 9), ("C", 3), ("D", 2), ("E", 9)):
-        for k in range(count):
-            save_frames(root / name / f"{k}", 2)
+    for name, clips in (("A", 1), ("B", 9), ("C", 3), ("D", 2), ("E", 9)):
+        frames_folder(root, (name,), clips, count=2)
 
     def find(*flags):
         args = train.parser().parse_args(["--data", str(root), "--base-to-novel", *flags])
@@ -1768,16 +1760,15 @@ def test_descriptions_stand_for_class_names(world, tmp_path):
 @pytest.fixture
 def mistakes(tmp_path):
     """A folder with good `frames` and with all that the next test gives to a run."""
-    for name in ("frames", "torn", "first", "void"):
+    for name in ("frames", "torn", "first"):
         frames_folder(tmp_path / name, clips=4)
     (tmp_path / "empty/Archery/clip").mkdir(parents=True)
     (tmp_path / "videos/Archery").mkdir(parents=True)
     (tmp_path / "videos/Archery/a.avi").write_bytes(b"x")
     for path in tmp_path.glob("torn/*/*/img_00003.jpg"):
         path.write_bytes(path.read_bytes()[:300])
-    for name, content in (("first", b"no jpeg"), ("void", b"")):
-        for path in tmp_path.glob(f"{name}/Archery/*/img_00001.jpg"):
-            path.write_bytes(content)
+    for path in tmp_path.glob("first/Archery/*/img_00001.jpg"):
+        path.write_bytes(b"no jpeg")
     for name, text in (("file", ""), ("gone.txt", "Archery/clip1 0\nArchery/clip77 0\n"),
                        ("nine.txt", "Archery/clip1 9\n"), ("labels.csv", "0,Archery\n1,Baby\n")):
         (tmp_path / name).write_text(text)
@@ -1789,7 +1780,6 @@ def mistakes(tmp_path):
     ("--data nowhere", "nowhere: no such folder"),
     ("--data empty", "empty/Archery/clip: holds no frames"),
     ("--data first", "img_00001.jpg: unreadable frame"),
-    ("--data void", "img_00001.jpg: unreadable frame"),
     ("--data torn --num-frames 5 --workers 1", "img_00003.jpg: unreadable frame"),
     ("--data videos", "python data.py extract"),
     ("--data frames/Archery", "need --train-list or --test-list"),
