@@ -629,12 +629,16 @@ def test_hostile_files_execute_nothing_and_end(tmp_path):
     zero, negative = bytes(4), b"\xff" * 4
     good = dict(dtype=b"Float", key=b"0", numel=four, offset=zero, size=b"K\4\x85",
                 stride=b"K\1\x85")
-    for change in (dict(numel=more), dict(numel=negative), dict(key=b"1"), dict(dtype=b"Weird"),
-                   dict(dtype=b"Double"), dict(offset=four), dict(stride=b"J" + more + b"\x85"),
-                   dict(size=b"J" + more + b"\x85", stride=b"K\0\x85"),
-                   dict(size=b"J" + negative + b"\x85"), dict(size=b"X\1\0\0\0a\x85"), {}):
+    for change, word in (
+            (dict(numel=more), "claim more bytes"), (dict(numel=negative), "cannot be read"),
+            (dict(key=b"1"), "no item named"), (dict(dtype=b"Weird"), "WeirdStorage has no place"),
+            (dict(dtype=b"Double"), "ends within"), (dict(offset=four), "out of bounds"),
+            (dict(stride=b"J" + more + b"\x85"), "out of bounds"),
+            (dict(size=b"J" + more + b"\x85", stride=b"K\0\x85"), "more numbers than its storage"),
+            (dict(size=b"J" + negative + b"\x85"), "cannot be read"),
+            (dict(size=b"X\1\0\0\0a\x85"), "cannot be read"), ({}, "not a CLIP ViT")):
         archived(bad, tensor % tuple({**good, **change}.values()), _0=bytes(16))
-        refused(bad)  # the last is read, and is no CLIP
+        refused(bad, word)
     near(ezclip.read_weights(bad)["w"], torch.zeros(4), 0)
     assert not Evil.mark.exists()
 
