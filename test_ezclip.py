@@ -921,6 +921,16 @@ def test_folders_and_frames_as_users_have_them(tmp_path):
         assert all(loaded[0, i][0].shape == (8, 3, 32, 32) for i in range(len(loaded)))
 
 
+def test_a_clip_of_20_000_frames(tmp_path):
+    long = tmp_path / "frames/Archery/long"
+    save_frames(long, 1)
+    for i in range(2, 20_001):
+        (long / f"img_{i}.jpg").symlink_to("img_00001.jpg")
+    train_split, _ = data.index_frames(tmp_path / "frames")
+    for training in (True, False):
+        assert data.Clips(train_split, 8, 32, train=training)[0, 0][0].shape == (8, 3, 32, 32)
+
+
 def test_check_names_all_that_is_broken(tmp_path, capsys):
     root = frames_folder(tmp_path / "frames", clips=3)
     data.check(root)
