@@ -1370,6 +1370,18 @@ START = ("import sys, data, train; train.SAVE_SECONDS = 0;"
          "data.command(lambda: train.main(sys.argv[1:]))")
 
 
+def test_a_signal_amid_a_save_waits_for_its_end(tmp_path):
+    def save(file):
+        file.write(b"n")
+        os.kill(os.getpid(), signal.SIGINT)
+        file.write(b"ew")
+
+    (tmp_path / "file").write_bytes(b"old")
+    with pytest.raises(KeyboardInterrupt):
+        train.write(tmp_path / "file", save)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"new"]
+
+
 def test_a_signal_to_the_whole_group_does_not_break_its_workers(world, tmp_path):
     """As a terminal sends Ctrl-C: to the processes that load clips, too."""
     flags = [*world.common, "--epochs", "3000", "--workers", "2", "--out", str(tmp_path / "run")]

@@ -413,22 +413,6 @@ def print_table(rows):
         print(f"| {name} | " + " | ".join(percent(results[key]) for key in sets) + " |")
 
 
-def write(path, save):
-    """Write a file as a whole or not at all: save(temporary file), flush to the disk, rename."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            save(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
-        raise OSError(f"{path}: cannot be written ({reason}); nothing was changed") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 @contextlib.contextmanager
 def uninterrupted():
     """Signals wait for the end of the block: Ctrl-C, SIGTERM, and the death of a process that loads
@@ -445,6 +429,23 @@ def uninterrupted():
         handler = signal.getsignal(number)
         if callable(handler):
             handler(number, frame)
+
+
+def write(path, save):
+    """Write a file as a whole or not at all: save(temporary file), flush to the disk, rename."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with uninterrupted():  # an exception amid torch.save's C++ can abort Python
+            with open(temporary, "wb") as file:
+                save(file)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+    except OSError as error:
+        reason = error.strerror or error
+        raise OSError(f"{path}: cannot be written ({reason}); nothing was changed") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def batches(n, size, start, stop, seed):
