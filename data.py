@@ -455,8 +455,6 @@ def load_clip(path, num_frames, image_size, rng=None, augment=False, flip=False)
     what cannot be read.
     """
     folder = Path(path)
-    if not folder.exists():
-        raise ValueError(f"{path}: no such video, nor folder of frames")
     if augment and rng is None:
         raise ValueError("augment needs a generator, rng")
     if folder.is_file():

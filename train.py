@@ -693,14 +693,14 @@ def plot_predictions(path, videos):
         maps = 100 * maps.mean(2).numpy()  # of the heads, (T, layers, L+1), in per cent
         grid = math.isqrt(maps.shape[2] - 2)
         patches = maps[:, -1, 1:-1].reshape(T, grid, grid)
+        top = np.quantile(patches, 0.995)
         for row in rows:
             axes[f"{row} {i}"].set(xlim=(0.5, T + 0.5), xticks=[], yticks=[])
             axes[f"{row} {i}"].spines[:].set_visible(False)
         for t in range(T):
             box = (t + 0.52, t + 1.48, 0, 1)
             axes[f"frames {i}"].imshow(clip[t].permute(1, 2, 0).numpy(), extent=box, aspect="auto")
-            image = axes[f"patches {i}"].imshow(patches[t], extent=box,
-                                                vmax=np.quantile(patches, 0.995), **style)
+            image = axes[f"patches {i}"].imshow(patches[t], extent=box, vmax=top, **style)
         fig.colorbar(image, axes[f"patches bar {i}"], label="attention to\npatch (%)", extend="max")
         if prompts:
             image = axes[f"prompt {i}"].imshow(
