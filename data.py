@@ -1,11 +1,10 @@
-"""Frames on disk -> uint8 clips for a model; also videos -> frames, and a world of moving shapes.
+"""Frames on disk -> uint8 clips for a model.
 
-    python data.py extract VIDEOS FRAMES     # videos, in class folders or not, to folders of JPEGs
-    python data.py check FRAMES              # decode every frame, list what is broken
-    python data.py demo DIR                  # the demo world, in the same layout
+    train, test = index_frames("ucf101_frames")             # which clips there are, their classes
+    clip = load_clip("ucf101_frames/Archery/v_1", 8, 224)   # uint8 (T, 3, S, S), RGB
 
-Frames lie as <root>/<Class>/<clip>/img_00001.jpg, or as <root>/<clip>/img_00001.jpg with lists that
-name the class of each clip. A clip leaves here as uint8 (T, 3, S, S); no model is known here.
+Frames lie as <root>/<Class>/<clip>/img_00001.jpg, as <root>/train/<Class>/<clip>/ beside val/, or
+as <root>/<clip>/ with lists that name the class of each clip. No model is known here.
 """
 
 import argparse
@@ -13,18 +12,12 @@ import csv
 import functools
 import gc
 import hashlib
-import io
 import json
 import math
 import os
 import re
-import shutil
 import signal
-import subprocess
 import sys
-import tempfile
-from collections import defaultdict
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -32,11 +25,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
-from torchvision.transforms import v2
-from tqdm import tqdm
+from torchvision.transforms.v2 import functional as tv
 
 IMAGES = (".jpg", ".jpeg", ".png")
 VIDEOS = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg")
+NO_FRAMES = ("flow_x_", "flow_y_", "x_", "y_", ".")  # optical flow; ._img_00001.jpg of macOS
 TEMPLATES = (  # of the official code
     "a photo of action {}", "a picture of action {}", "Human action of {}", "{}, an action",
     "{} this is an action", "{}, a video of action", "Playing action of {}", "{}",
@@ -45,30 +38,79 @@ TEMPLATES = (  # of the official code
     "The man is {}", "The woman is {}")
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message):  # one line instead of the usage of all flags
-        raise ValueError(message)
+# ---- names of classes ----
 
-
-def at_least(minimum, kind=int):
-    def parse(text):
-        value = kind(text)
-        if not minimum <= value < math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, not {text}")
-        return value
-    parse.__name__ = kind.__name__  # for argparse's messages
-    return parse
-
-
+@functools.cache  # 240,000 clips ask for few classes: lists are read in 6 s instead of 13
 def class_text(name):
     """A class name in words: ApplyEyeMakeup -> apply eye makeup, brush_hair -> brush hair."""
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " ")).lower()
 
 
-@functools.cache
-def class_key(name):
-    """What the spellings of a class share: BrushHair, brush_hair, Brush hair -> brushhair."""
-    return re.sub(r"[\s()',-]", "", class_text(name))
+def find_name(name, names):
+    """The one of `names` that is spelled like `name`; or else the only one that differs from it in
+    case, blanks, underscores or camel case; or else None. ValueError where several do."""
+    if name in names:
+        return name
+    words = class_text(name).split()
+    alike = [other for other in names if class_text(other).split() == words]
+    if len(alike) > 1:
+        raise ValueError(f"{name} may stand for {' or for '.join(alike)}")
+    return alike[0] if alike else None
+
+
+def read_text(path):
+    """A text file in UTF-8, all line ends as newlines. ValueError for another encoding."""
+    try:
+        return Path(path).read_text("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: is not UTF-8 text ({error.reason})") from None
+
+
+def read_lines(path):
+    """The lines of a text file that are not blank, as pairs ("<path>:<number>", line)."""
+    lines = enumerate(read_text(path).split("\n"), 1)
+    return [(f"{path}:{i}", line.strip()) for i, line in lines if line.strip()]
+
+
+def read_labels(path):
+    """{number: class name}, by number, of lines `id,name` or `id name` and perhaps a header; or of
+    a name per line, which count from 0. ValueError that names the line that does not fit."""
+    lines = read_lines(path)
+    entries = [re.fullmatch(r"(\d+)\s*[,\s]\s*(.+)", line) for _, line in lines]
+    # names may begin with a number too (360 flip): it is the class's where half of the lines do
+    numbered = 2 * sum(map(bool, entries)) >= len(lines)
+    if numbered and not any(entries[:1]):  # a header
+        del lines[:1], entries[:1]
+    names = {}
+    for (where, line), entry in zip(lines, entries):
+        number, name = len(names), line
+        if numbered and not entry:
+            raise ValueError(f"{where}: expected id,name and not {line!r}")
+        if numbered:
+            number = int(entry[1])
+            name = ",".join(next(csv.reader([entry[2]])))  # commas may stand without quotes
+        if number in names or name in names.values():
+            raise ValueError(f"{where}: {line!r} has a number or a name for the second time")
+        names[number] = name
+    if not names:
+        raise ValueError(f"{path}: holds no lines id,name")
+    return dict(sorted(names.items()))
+
+
+def read_descriptions(path):
+    """{class name: a text about it}: the official code's CSV `number,name,text` with its header, or
+    the JSON {number: "name: text"} of TC-CLIP and FROSTER, where the text includes the name."""
+    text, texts = read_text(path), {}
+    try:
+        if text.lstrip().startswith("{"):
+            rows = [("", said.partition(":")[0], said) for said in json.loads(text).values()]
+        else:  # cells hold line ends
+            rows = list(csv.reader(text.splitlines(keepends=True), strict=True))[1:]
+        for _, name, said, *more in filter(None, rows):
+            texts[name.strip()] = ",".join([said, *more]).strip()  # commas without quotes
+    except (csv.Error, ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: no descriptions `number,name,text` ({error})") from None
+    return texts
 
 
 # ---- which clips there are ----
@@ -80,126 +122,59 @@ class Split(NamedTuple):
     clips: list
     source: str  # the list or the rule that chose them
 
-    def only(self, keys):
-        """The Split of those classes whose `class_key` is in `keys`."""
-        kept = [k for k, name in enumerate(self.classes) if class_key(name) in keys]
-        position = {k: i for i, k in enumerate(kept)}
-        return self._replace(classes=[self.classes[k] for k in kept], clips=[
-            (clip, position[k]) for clip, k in self.clips if k in position])
-
-    def shots(self, count, seed):
-        """`count` random clips of each class; a seed's fewer shots are among its more shots."""
-        ranked = _ranked(self.clips, f"{seed}/")
-        for k, name in enumerate(self.classes):
-            if len(ranked[k]) < count:
-                raise ValueError(f"{self.root}: {name} has {len(ranked[k])} training clips, which "
-                                 f"is less than {count} shots")
-        chosen = {clip for clips in ranked.values() for clip in clips[:count]}
-        return self._replace(clips=[item for item in self.clips if item[0] in chosen],
-                             source=f"{count} shots of {self.source}")
-
 
 def index_frames(root, train_list=None, test_list=None, labels=None, allow_missing=False,
                  whole=False):
-    """Find the clips below `root` and their classes, without listing the frames of every clip.
+    """Find the clips below `root`: a training and a test Split. `whole`: all clips are for testing.
 
-    Lists (see `_read_list`) name clips by paths, matched by the longest tail that exists below
-    root, and classes by name, by numbers of `labels` (see `read_classes`), or not at all: then
-    class folders do, and numbers have to agree with them. Classes are those of `labels`, else of
-    the lists, else the folders. Without lists UCF101's names give its split 1, a folder train
-    beside others that split, and all else a stable one: of each class the max(1, n // 5) clips with
-    the smallest name hash are for testing, but never a class's only clip. `whole`: all clips are.
-
-    Prints what it found; returns a training and a test Split. Raises OSError or ValueError that
-    names the folder, or list and line, and for clips without a folder unless `allow_missing`.
+    Lists have lines `<clip> [<number of frames>] <label>`, as EZ-CLIP, TSN, ActionCLIP and
+    mmaction2 have them; `labels` (see `read_labels`) names their numbers, `match_clips` finds their
+    clips. Without lists class folders are the classes, and clips are split as in `_test_clips`.
+    Raises OSError or ValueError that names the folder, or list and line, and for clips without a
+    folder unless `allow_missing`.
     """
-    root, lists = Path(root), (train_list, test_list)
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder")
-    names = {number: name for number, name, _ in read_classes(labels)} if labels else {}
-    folders, given = _clip_folders(root), {class_key(name): name for name in names.values()}
-    flat, splits, found, numbers = "/" not in folders[0], ({}, {}), {}, {}
-    if flat and not any(lists):
-        raise ValueError(f"{root}: clips without class folders need --train-list or --test-list, "
-                         "and --labels")
-    entries = [(i, *entry) for i, path in enumerate(lists) if path
-               for entry in _match(path, i, folders, root, allow_missing)]
-    entries = entries or [(1, root, clip, clip.split("/")[-2], None) for clip in folders]
-    for i, where, clip, folder, label in entries:
-        if names and isinstance(label, int) and label not in names:
-            raise ValueError(f"{where}: label {label} has no name in {labels}")
-        name = label if isinstance(label, str) else names.get(label, folder)
-        key, there = class_key(name or ""), class_key(folder or "")
-        if not name or given and key not in given:
-            raise ValueError(f"{where}: the class of {clip} " + (
-                f"is not in {labels}" if labels else "has no name; --labels names numbers"))
-        if there != key and (there in given or not (flat or given)):
-            raise ValueError(f"{where}: {clip} is {name} by its label, but lies in {folder}")
-        if isinstance(label, int) and not given and (
-                numbers.setdefault(label, key) != key or numbers.setdefault(key, label) != label):
-            raise ValueError(f"{where}: label {label} is not {name} in all lines; see --labels")
-        if splits[i].setdefault(clip, key) != key:
-            raise ValueError(f"{where}: {clip} had another class before")
-        found[key] = name
+    root = Path(root)
+    folders = clip_folders(root)
+    if train_list or test_list:
+        if not labels:
+            raise ValueError(f"{train_list or test_list}: the numbers of lists need --labels")
+        names = read_labels(labels)
+        train = _by_list(root, folders, train_list, names, allow_missing)
+        test = _by_list(root, folders, test_list, names, allow_missing)
+    else:
+        train, test = _by_folders(root, folders, whole)
 
-    sources = [Path(path).name if path else "all clips" for path in lists]
-    if not (any(lists) or whole):
-        sources, splits = _split(splits[1])
-    classes = given or {key: found[key] for key in sorted(
-        found, key=lambda key: (numbers.get(key, 0), found[key]))}
-    position = {key: k for k, key in enumerate(classes)}
-    train, test = (Split(root, list(classes.values()), [(c, position[key]) for c, key in s.items()],
-                         source) for s, source in zip(splits, sources))
-    source = ", ".join(dict.fromkeys(split.source for split in (train, test) if split.clips))
-    print(f"{root}: {len(classes)} classes, {len(train.clips)} training and {len(test.clips)} test "
-          f"clips ({source})")
-    shared = len(splits[0].keys() & splits[1].keys())
-    if shared:
-        print(f"warning: {shared} test clips are training clips too", file=sys.stderr)
-    for split in (train, test):  # broken data is to show now, not after hours
-        for clip in {label: clip for clip, label in reversed(split.clips)}.values():
+    sources = dict.fromkeys([train.source, test.source])
+    print(f"{root}: {len(train.classes)} classes, {len(train.clips)} training and "
+          f"{len(test.clips)} test clips ({', '.join(sources)})")
+    both = dict(train.clips).keys() & dict(test.clips).keys()
+    if both:
+        print(f"warning: {len(both)} test clips are training clips too", file=sys.stderr)
+    # broken data is to show now, not after hours: a clip of each class is tried
+    for split in (train, test):
+        for clip in {label: clip for clip, label in split.clips}.values():
             read_frame(root / clip / frame_names(root / clip)[0])
     return train, test
 
 
-def _clip_folders(root):
-    """Folders below root, <clip>, <class>/<clip> or train/<class>/<clip>: as the first one lies."""
+def clip_folders(root):
+    """The folders of clips below root: <clip>, <class>/<clip> or train/<class>/<clip>, as the first
+    one lies. ValueError if there are none."""
+    root = Path(root)
+    if not root.is_dir():
+        raise ValueError(f"{root}: no such folder")
     clips = _folders(root)
-    for _ in range(1 + any("train" in name.lower() for name in clips)):
-        first = next((root / clip for clip in clips if os.listdir(root / clip)), None)
-        if first and frame_names(first, needed=False) and not _folders(first):
+    # the first folder that is not empty tells: a class may be called training dog
+    levels = 2 if any("train" in name.lower() for name in clips) else 1
+    for _ in range(levels):
+        filled = filter(os.listdir, map(root.joinpath, clips))
+        first = next(filled, None)
+        if first and any(map(_is_frame, os.listdir(first))):
             break
         clips = [f"{folder}/{name}" for folder in clips for name in _folders(root / folder)]
     if not clips:
-        hint = ", but videos: run python data.py extract first" if _videos(root) else ""
-        raise ValueError(f"{root}: holds no folders <class>/<clip>/ with frames{hint}")
+        raise ValueError(f"{root}: holds no folders <class>/<clip>/ with frames")
     return clips
-
-
-def _ranked(clips, salt=""):
-    """{class: its clips in the order of the hashes of their names}."""
-    ranked = defaultdict(list)
-    for clip in sorted(clips, key=lambda clip: (hashlib.sha256(
-            (salt + clip[0].split("/")[-1]).encode()).hexdigest(), clip)):
-        ranked[clip[1]].append(clip[0])
-    return ranked
-
-
-def _split(classes):
-    """{clip: class} -> the sources and the clips of training and test, where no list says so."""
-    groups = {clip: re.fullmatch(r"v_.+_g(\d+)_c\d+(\.avi)?", clip.split("/")[-1])
-              for clip in classes}
-    if any(clip.count("/") == 2 for clip in classes):
-        source = "by the folder train"
-        test = {clip for clip in classes if "train" not in clip.split("/")[0].lower()}
-    elif all(groups.values()):
-        source, test = "split 1 of UCF101", {clip for clip, g in groups.items() if int(g[1]) <= 7}
-    else:
-        source = "a fifth of each class by the hash of clip names"
-        test = {clip for clips in _ranked(classes.items()).values()
-                for clip in clips[:max(1, len(clips) // 5) if len(clips) > 1 else 0]}
-    return [source] * 2, [{clip: key for clip, key in classes.items() if (clip in test) == wanted}
-                          for wanted in (False, True)]
 
 
 def _folders(path):
@@ -207,183 +182,231 @@ def _folders(path):
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _videos(root):
-    """The videos of a folder and of its class folders."""
-    return [path for path in sorted([*root.glob("*"), *root.glob("*/*")]) if path.is_file()
-            and path.suffix.lower() in VIDEOS and not path.name.startswith(".")]
+def _by_folders(root, folders, whole):
+    """-> the training and the test Split of clips in class folders."""
+    if "/" not in folders[0]:
+        raise ValueError(f"{root}: clips without class folders, as {folders[0]}, need --train-list "
+                         "or --test-list, and --labels")
+    names = [folder.split("/")[-2] for folder in folders]
+    classes = sorted(set(names))
+    position = {name: k for k, name in enumerate(classes)}
+    chosen, source = set(folders), "all clips"
+    if not whole:
+        chosen, source = _test_clips(folders)
+    train, test = [], []
+    for folder, name in zip(folders, names):
+        part = test if folder in chosen else train
+        part.append((folder, position[name]))
+    return Split(root, classes, train, source), Split(root, classes, test, source)
 
 
-def _stem(name):
-    stem, _, suffix = name.rpartition(".")
-    return stem if f".{suffix.lower()}" in VIDEOS else name
+def _test_clips(folders):
+    """-> the clips to test where no list tells, and the rule: a folder train beside others; names
+    of UCF101; or of each class the max(1, n // 5) with the smallest hash, never its only clip."""
+    test, ranked = set(), {}
+    if folders[0].count("/") == 2:
+        for folder in folders:
+            if "train" not in folder.split("/")[0].lower():
+                test.add(folder)
+        return test, "by the folder train"
+    ucf101 = re.compile(r".+/v_[^/]+_g(\d+)_c\d+(\.avi)?")
+    if all(map(ucf101.fullmatch, folders)):
+        for folder in folders:
+            if int(ucf101.fullmatch(folder)[1]) <= 7:
+                test.add(folder)
+        return test, "split 1 of UCF101"
+    for folder in sorted(folders, key=name_hash):
+        ranked.setdefault(folder.split("/")[0], []).append(folder)
+    for clips in ranked.values():
+        if len(clips) > 1:
+            test.update(clips[:max(1, len(clips) // 5)])
+    return test, "a fifth of each class by the hash of clip names"
 
 
-def _match(path, which, folders, root, allow_missing):
-    """Yield (where, clip, its class folder or else that of the list's path, label) per entry."""
-    by_stem, missing = defaultdict(list), []
-    for folder in folders:  # in lower case, as UCF101 writes HandstandPushups in two ways
-        *above, name = folder.split("/")
-        by_stem[_stem(name).lower()].append((above[::-1], name, folder))
-    classes = {class_key(folder.split("/")[-2]) for folder in folders if "/" in folder}
-    entries = [(where, [(re.split(r"[/\\]+", listed.rstrip("/\\"))[::-1], label)
-                        for listed, label in readings])
-               for where, readings in _read_list(Path(path), which)]
-    in_classes = any(class_key(parts[1]) in classes for _, readings in entries
-                     for parts, _ in readings if len(parts) > 1)
-
-    def find(name, *above):
-        there = by_stem.get(_stem(name).lower(), [])
-        if above and in_classes:  # one of this name in another class is another clip
-            there = [clip for clip in there if class_key(clip[0][0]) == class_key(above[0])]
-        fits = [(len(os.path.commonprefix([parents, [*above]])), own == name,
-                 _stem(own) == _stem(name)) for parents, own, _ in there]
-        return {folder: next(iter(parents or above), None)
-                for (parents, _, folder), fit in zip(there, fits) if fit == max(fits)}
-
-    for where, readings in entries:
-        found = {clip: (folder, label) for parts, label in readings
-                 for clip, folder in find(*parts).items()}
-        listed = "/".join(readings[0][0][::-1])
-        if len(found) > 1:
-            raise ValueError(f"{where}: {listed} fits all of {', '.join(found)}")
-        missing += [] if found else [listed]
-        for clip, (folder, label) in found.items():
-            yield where, clip, folder, label
-    if not entries:
-        raise ValueError(f"{path}: names no clips")
-    if missing:
-        problem = (f"{path}: {len(missing)} of {len(entries)} clips have no folder below {root}: "
-                   + ", ".join(missing[:10] + ["..."] * (len(missing) > 10)))
-        if len(missing) == len(entries):
-            raise ValueError(f"{problem}; is that the right folder?")
-        if not allow_missing:
-            raise ValueError(f"{problem}; --allow-missing leaves them out")
-        print(f"warning: {problem}; of classes that are left without clips only those in --labels "
-              "count", file=sys.stderr)
+def name_hash(clip, salt=""):
+    """What clips are ordered by where an order has to be random and stable."""
+    name = salt + clip.split("/")[-1]
+    return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-# ---- lists and classes as users have them ----
+def match_clips(folders, listed):
+    """For each listed path the folders that it may mean: [], the one, or several that fit alike.
 
-def _read_list(path, which):
-    """Yield (where, [(path of a clip, label), ...]) of a training (0) or test (1) list.
-
-    A label is a number, a name or None. As names hold blanks, a line can be read in several ways.
-    HMDB51's lists are a folder (of which split 1 counts) or a pattern like *_test_split2.txt.
+    Lists hold somebody else's paths: the longest tail counts that is here, in any case, without
+    the suffix of a video (UCF101 writes HandstandPushups in two ways). Where parents in the list
+    are class folders here, a clip is found in its own class only.
     """
-    pattern = "*_test_split1.txt" if path.is_dir() else path.name if "*" in path.name else ""
-    files = sorted((path if path.is_dir() else path.parent).glob(pattern)) if pattern else [path]
-    if not files:
-        raise ValueError(f"{path}: holds no lists {pattern}")
-    for file in files:
-        text, number = _read_text(file), 0
-        lines = [line.strip() for line in text.split("\n")]
-        ends = {line.split()[-1] for line in lines if line}
-        hmdb51 = ends <= {"0", "1", "2"} and re.fullmatch(r"(.+)_test_split\d\.txt", file.name)
-        rows = (_something_something(text) if re.match(r"\s*\[\s*\{", text) else
-                _kinetics(text) if "youtube_id" in text.partition("\n")[0] else
-                _hmdb51(lines, hmdb51[1], which) if hmdb51 else _lines(lines))
-        try:
-            for number, readings in enumerate(rows, 1):
-                if readings:
-                    yield f"{file}:{number}", readings
-        except (LookupError, TypeError, ValueError, OverflowError, csv.Error) as error:
-            raise ValueError(f"{file}:{number + 1}: is no entry ({error!r})") from None
+    tails, classes = {}, set()
+    for folder in folders:  # brush hair/clip and clip, for example, of Brush_Hair/clip.avi
+        words = _words(folder)
+        classes.update(words[-2:-1])
+        for n in range(len(words)):
+            tails.setdefault(words[n:], []).append(folder)
+    paths = [_words(path) for path in listed]
+    parents = {word for words in paths for word in words[-2:-1]}
+    least = 1 if classes.isdisjoint(parents) else 2
+
+    matches = []
+    for path, words in zip(listed, paths):
+        fitting = []
+        for n in range(min(least, len(words)), len(words) + 1):
+            fitting = tails.get(words[-n:], fitting)
+        # of several the one whose class, and then whose name, is spelled as in the list
+        names = path.replace("\\", "/").split("/")
+        for part in (slice(-2, -1), slice(-1, None)):
+            if len(fitting) > 1:
+                spelled = [f for f in fitting if f.split("/")[part] == names[part]]
+                fitting = spelled or fitting
+        matches.append(fitting)
+    return matches
 
 
-def _something_something(text):
-    for row in json.loads(text):
-        template = row.get("template")
-        yield [(str(row["id"]), template and re.sub(r"[\[\]]", "", template))]
+def _words(path):
+    """The last three parts of a path, as deep as clips lie, in the form in which they compare."""
+    *parents, name = re.split(r"[/\\]+", path.strip("/\\"))[-3:]
+    stem, suffix = os.path.splitext(name.lower())
+    if suffix not in VIDEOS:
+        stem += suffix
+    return (*map(class_text, parents), stem)
 
 
-def _kinetics(text):
-    yield []  # the header
-    for row in csv.DictReader(io.StringIO(text, newline="")):
-        start, end = (int(float(row[key])) for key in ("time_start", "time_end"))
-        yield [(f"{row['youtube_id']}_{start:06d}_{end:06d}", row.get("label") or None)]
+def _by_list(root, folders, path, names, allow_missing):
+    """-> the Split of a list, see `index_frames`; without clips if there is none."""
+    if not path:
+        return Split(root, list(names.values()), [], "no list")
+    entries, paths = [], []
+    for where, line in read_lines(path):
+        entry = re.fullmatch(r"(.*\S)\s+(\d+)", line)
+        if not entry:
+            raise ValueError(f"{where}: expected <clip> [<number of frames>] <label>, not {line!r}")
+        if int(entry[2]) not in names:
+            raise ValueError(f"{where}: label {entry[2]} has no name in --labels")
+        # names may end with a number too: a line is read with it and, if that is no clip, without
+        listed, short = entry[1], re.sub(r"\s+\d+$", "", entry[1])
+        entries.append((where, listed, short, names[int(entry[2])]))
+        paths += {listed, short}
+    matches = dict(zip(paths, match_clips(folders, paths)))
+
+    # each clip has one folder, which no other clip has, and which lies in no other class
+    known = set(map(class_text, names.values()))
+    clips, missing = {}, []
+    for where, listed, short, name in entries:
+        listed = listed if matches[listed] else short
+        fitting = matches[listed]
+        if len(fitting) > 1:
+            raise ValueError(f"{where}: {listed} fits all of {', '.join(fitting)}")
+        if not fitting:
+            missing.append(listed)
+            continue
+        clip, = fitting
+        folder = Path(clip).parent.name
+        if class_text(folder) in known and class_text(folder) != class_text(name):
+            raise ValueError(f"{where}: {clip} is {name} by its label, but lies in {folder}")
+        before = clips.get(clip, (listed, name))
+        if before != (listed, name):
+            raise ValueError(f"{where}: {clip} is {listed}, {name}, but was {', '.join(before)}")
+        clips[clip] = listed, name
+    report_missing(path, missing, len(entries), allow_missing)
+    classes = list(names.values())
+    pairs = [(clip, classes.index(name)) for clip, (_, name) in clips.items()]
+    return Split(root, classes, pairs, Path(path).name)
 
 
-def _hmdb51(lines, name, which):
-    for line in lines:
-        yield [(f"{name}/{line[:-1].strip()}", None)] if line.endswith("12"[which]) else []
-
-
-def _lines(lines):
-    """`<clip> [<number of frames>] [<label>]`: official, TSN, mmaction2, UCF101, ViFi-CLIP."""
-    for line in lines:
-        ways = [(n, line.rsplit(maxsplit=n)) for n in (2, 1, 0)]
-        yield [(way[0], int(way[-1]) if n else None) for n, way in ways
-               if len(way) == n + 1 and all(map(str.isdecimal, way[1:]))]
-
-
-def read_classes(path):
-    """[(number, name, description)] of a file of classes; the description may be "".
-
-    CSV `id,name[,description]` with or without a header (the official code's labels and
-    descriptions), UCF101's `id name`, a name per line, numbered from 0 (mmaction2),
-    Something-Something's JSON {name: id}, or {id: "name: description"} (TC-CLIP, FROSTER).
-    """
-    text, ids, classes = _read_text(path), {}, {}
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    try:
-        if text.lstrip().startswith("{"):
-            rows = [(n, [key, value.partition(":")[0], value] if key.isdecimal()
-                     else [str(value), key])
-                    for n, (key, value) in enumerate(json.loads(text).items(), 1)]
-        else:
-            rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
-    except (csv.Error, ValueError, AttributeError, RecursionError) as error:
-        raise ValueError(f"{path}:{reader.line_num or 1}: {error}") from None
-    rows = [(line, row) for line, row in rows if any(row)]
-    if all(len(row) == 1 and not row[0][0].isdecimal() for _, row in rows):
-        rows = [(line, [str(i), name]) for i, (line, (name,)) in enumerate(rows)]
-    for i, (line, row) in enumerate(rows):
-        cells = row if len(row) > 1 else row[0].split(maxsplit=1)
-        if i == 0 and len(cells) > 1 and not cells[0].isdecimal():
-            continue  # the header
-        if len(cells) < 2 or not cells[0].isdecimal() or not cells[1]:
-            raise ValueError(f"{path}:{line}: expected id,name and not {','.join(row)!r}")
-        entry = int(cells[0]), cells[1], "".join(cells[2:3])
-        if ids.setdefault(entry[0], entry) != entry and not entry[2]:  # K600's texts are all 0
-            raise ValueError(f"{path}:{line}: id {entry[0]} has another name already")
-        if classes.setdefault(class_key(entry[1]), entry) != entry:
-            raise ValueError(f"{path}:{line}: {entry[1]} has another id or text already")
-    if not classes:
-        raise ValueError(f"{path}: holds no lines id,name")
-    return sorted(classes.values())
-
-
-def _read_text(path):
-    try:
-        return Path(path).read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text ({error.reason})") from None
+def report_missing(path, missing, count, allow_missing):
+    """Name the clips of a list that have no folder: a ValueError, unless some may be missing."""
+    if missing or not count:
+        named = ", ".join(missing[:10] + ["..."] * (len(missing) > 10))
+        problem = f"{path}: {len(missing)} of {count} clips have no folder: {named}"
+        if not allow_missing or len(missing) == count:
+            raise ValueError(f"{problem}; --allow-missing leaves out what is missing")
+        print(f"warning: {problem}", file=sys.stderr)
 
 
 # ---- from a clip's folder to pixels ----
 
-def frame_names(folder, needed=True):
-    """The RGB frames of a folder in the order of their numbers; optical flow is left out.
+def frame_names(folder):
+    """The RGB frames of a folder in natural order, as a file manager shows them: every number in a
+    name counts as one. Optical flow is left out. ValueError if there are none."""
+    names = [name for name in os.listdir(folder) if _is_frame(name)]
+    if not names:
+        raise ValueError(f"{folder}: holds no frames")
+    return sorted(names, key=_natural)
 
-    Raises ValueError if there are none, unless they are not needed.
-    """
-    with os.scandir(folder) as entries:
-        names = [e.name for e in entries if e.name.lower().endswith(IMAGES)
-                 and not re.match(r"(flow_)?[xy]_|\.", e.name)]
-    if needed and not names:
-        hint = ", but videos" if _videos(Path(folder)) else ""
-        raise ValueError(f"{folder}: holds no frames{hint}")
-    return sorted(names, key=lambda n: (int((re.findall(r"\d+", n) or [0])[-1]), n))
+
+def _is_frame(name):
+    name = name.lower()
+    return name.endswith(IMAGES) and not name.startswith(NO_FRAMES)
+
+
+def _natural(name):
+    # with zeros in front numbers are in order as text
+    return re.sub(r"\d+", lambda number: number[0].zfill(30), os.path.splitext(name)[0]), name
 
 
 def read_frame(path, size=None, crop=None):
-    """An RGB image, or what `crop_frame` makes of it; one that cannot be decoded is a ValueError
-    that names it."""
+    """An RGB image; or with a size the uint8 (3, size, size) of its `crop_box`. One that cannot be
+    decoded is a ValueError that names it."""
     try:
         with Image.open(path) as image:
-            return crop_frame(image, size, crop) if size else image.convert("RGB")
+            if size is None:
+                return image.convert("RGB")
+            width, height = image.size
+            left, top, right, bottom = crop_box(width, height, size, crop)
+            # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box keeps `size` pixels
+            needed = size / min(right - left, bottom - top)
+            image.draft("RGB", (math.ceil(width * needed), math.ceil(height * needed)))
+            scale = round(width / image.width)
+            box = (left / scale, top / scale, right / scale, bottom / scale)
+            kind = Image.Resampling.BILINEAR if crop else Image.Resampling.BICUBIC
+            square = image.convert("RGB").resize((size, size), kind, box)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: unreadable frame ({error})") from None
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def crop_box(width, height, size, crop=None):
+    """The region (left, top, right, bottom) of an image that becomes a square: of a `random_crop`;
+    or else the middle `size` of an image whose shorter side is resized to size * 256 // 224."""
+    short = min(width, height)
+    if crop:
+        (scale_x, scale_y), (x, y) = crop
+        w, h = max(1, int(short * scale_x)), max(1, int(short * scale_y))
+        left, top = (width - w) // 4 * x, (height - h) // 4 * y
+        return left, top, left + w, top + h
+    edges = []
+    for side in (width, height):
+        # rounded as in an image that is resized first, so that pixels fall on the official ones
+        resized = side * (size * 256 // 224) // short
+        start = round((resized - size) / 2)
+        edges += [start * side / resized, (start + size) * side / resized]
+    left, right, top, bottom = edges
+    return left, top, right, bottom
+
+
+def random_crop(rng):
+    """A draw of TSN's multi-scale crop: (width, height) as scales of the shorter side, and (x, y)
+    in quarters of the room that is left."""
+    scales = (1, 0.875, 0.75, 0.66)  # of which width and height are at most one step apart
+    pairs = [(w, h) for i, w in enumerate(scales) for h in scales[max(0, i - 1):i + 2]]
+    # corners and middle, the middles of edges, the middles of quadrants
+    places = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0),
+              (1, 1), (3, 1), (1, 3), (3, 3)]
+    return pairs[rng.integers(len(pairs))], places[rng.integers(len(places))]
+
+
+def random_colours(rng):
+    """A draw of colour changes, pairs of a function and its second argument: with probability 0.8
+    brightness, contrast, saturation and hue in random order, then grey with probability 0.2."""
+    changes = [(tv.adjust_brightness, rng.uniform(0.6, 1.4)),
+               (tv.adjust_contrast, rng.uniform(0.6, 1.4)),
+               (tv.adjust_saturation, rng.uniform(0.8, 1.2)),
+               (tv.adjust_hue, rng.uniform(-0.1, 0.1))]
+    rng.shuffle(changes)
+    if rng.random() >= 0.8:
+        changes = []
+    if rng.random() < 0.2:
+        changes.append((tv.rgb_to_grayscale, 3))  # channels
+    return changes
 
 
 def sample_frames(count, num_frames, rng=None):
@@ -393,124 +416,87 @@ def sample_frames(count, num_frames, rng=None):
     gives all of its frames and random repeats. Without: the official code's centres of segments.
     """
     i = np.arange(num_frames)
+    starts = i * count // num_frames
     if rng is not None and count >= num_frames:
-        edges = np.arange(num_frames + 1) * count // num_frames
-        return rng.integers(edges[:-1], edges[1:])
+        return rng.integers(starts, [*starts[1:], count])
     if rng is not None:
         repeats = rng.integers(count, size=num_frames - count)
         return np.sort(np.concatenate([np.arange(count), repeats]))
     if count < num_frames:
-        return i * count // num_frames
+        return starts
     if num_frames == 1:
         return np.array([count // 2])
     return np.floor(i * count / num_frames + (count / num_frames - 1) / 2).astype(int)
 
 
-def random_crop(rng):
-    """A draw of TSN's multi-scale crop: (width, height) as scales of the shorter side, and (x, y)
-    in quarters of the room that is left."""
-    scales = (1, 0.875, 0.75, 0.66)
-    pairs = [(w, h) for i, w in enumerate(scales) for j, h in enumerate(scales) if abs(i - j) <= 1]
-    places = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0),
-              (1, 1), (3, 1), (1, 3), (3, 3)]
-    return pairs[rng.integers(len(pairs))], places[rng.integers(len(places))]
-
-
-def crop_frame(image, size, crop=None):
-    """An image as uint8 (3, size, size): a drawn crop, or the centre of the resized whole.
-
-    Evaluation: shorter side to size * 256 // 224, bicubic, centre crop, in a single resize of the
-    region that is left. Drawn crops are resized bilinearly, by PyTorch, which takes half of the
-    time. A JPEG that is still to be read is decoded at 1/2, 1/4 or 1/8 of its size where the region
-    keeps at least `size`.
-    """
-    w, h = image.size
-    if crop is None:
-        short = size * 256 // 224
-        new_w, new_h = (short, int(short * h / w)) if w <= h else (int(short * w / h), short)
-        x, y = round((new_w - size) / 2), round((new_h - size) / 2)
-        box = (x * w / new_w, y * h / new_h, (x + size) * w / new_w, (y + size) * h / new_h)
-    else:
-        (scale_w, scale_h), (place_x, place_y) = crop
-        crop_w, crop_h = max(1, int(min(w, h) * scale_w)), max(1, int(min(w, h) * scale_h))
-        x, y = (w - crop_w) // 4 * place_x, (h - crop_h) // 4 * place_y
-        box = (x, y, x + crop_w, y + crop_h)
-    image.draft("RGB", [math.ceil(side * size / (b - a))
-                        for side, a, b in zip((w, h), box, box[2:])])
-    scale, image = round(w / image.width), image.convert("RGB")
-    if crop is None:
-        image = image.resize((size, size), Image.Resampling.BICUBIC, [x / scale for x in box])
-    else:
-        image = image.crop([x // scale for x in box])
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-    return pixels if crop is None else torch.nn.functional.interpolate(
-        pixels[None], (size, size), mode="bilinear", antialias=True)[0]
-
-
 def load_clip(path, num_frames, image_size, rng=None, augment=False, flip=False):
-    """A folder of frames, or a video file, as uint8 RGB (num_frames, 3, image_size, image_size).
+    """A folder of frames as uint8 RGB (num_frames, 3, image_size, image_size).
 
-    With a numpy Generator frames are drawn as in training, and with `augment` cropped and, where
-    `flip`, flipped likewise; else all is as in evaluation. Raises OSError or ValueError that names
-    what cannot be read.
+    With a numpy Generator frames are drawn as in training, and with `augment` crop, colours and,
+    where `flip`, mirroring, once for the whole clip; else all is as in evaluation. Raises OSError
+    or ValueError that names what cannot be read.
     """
-    folder = Path(path)
     if augment and rng is None:
         raise ValueError("augment needs a generator, rng")
-    if folder.is_file():
-        with tempfile.TemporaryDirectory() as frames:
-            said = decode_video(folder, frames)
-            if said:
-                print(f"warning: damaged {path}: {said}", file=sys.stderr)
-            return load_clip(frames, num_frames, image_size, rng, augment, flip)
-    names = frame_names(folder)
+    names = frame_names(path)
     chosen = sample_frames(len(names), num_frames, rng)
-    crop = random_crop(rng) if augment else None
-    flip = augment and flip and rng.random() < 0.5
-    clip = torch.stack([read_frame(folder / names[i], image_size, crop) for i in chosen])
-    return clip.flip(-1) if flip else clip.contiguous()
+    crop, colours, mirror = None, [], False
+    if augment:
+        crop = random_crop(rng)
+        colours = random_colours(rng)
+        mirror = flip and rng.random() < 0.5
+    frames = []
+    for i in chosen:
+        frame = read_frame(Path(path, names[i]), image_size, crop)
+        for change, amount in colours:  # by frames, as a processor's cache holds one: 28 ms, not 33
+            frame = change(frame, amount)
+        frames.append(frame)
+    clip = torch.stack(frames)  # (T, 3, S, S)
+    if mirror:
+        clip = clip.flip(-1)
+    return clip
 
 
 class Clips(Dataset):
     """The clips of a Split as (uint8 (T, 3, S, S), label, index).
 
     A key is (epoch, index): all that is random is a function of (seed, epoch, index). `train`
-    samples frames at random, `augment` also crops and, with `flip`, flips. What goes wrong in a
-    worker process is returned rather than raised, so that it arrives as one line.
+    samples frames at random, `augment` also crops, colours and, with `flip`, mirrors. What goes
+    wrong in a worker process is returned rather than raised, so that it arrives as one line.
     """
 
     def __init__(self, split, num_frames, image_size, train=False, augment=False, flip=False,
                  seed=0):
-        # arrays, as the processes that load would come to copy all objects of a Python list
-        self.root, self.clips = split.root, np.array([os.fsencode(clip) for clip, _ in split.clips])
-        self.labels = np.array([label for _, label in split.clips])
-        self.num_frames, self.image_size = num_frames, image_size
-        self.train, self.augment, self.flip, self.seed = train, augment, flip, seed
+        self.split, self.train, self.seed = split, train, seed
+        self.load = functools.partial(load_clip, num_frames=num_frames, image_size=image_size,
+                                      augment=augment, flip=flip)
 
     def __len__(self):
-        return len(self.clips)
-
-    def load(self, epoch, index):
-        rng = np.random.default_rng((self.seed, epoch, index)) if self.train else None
-        return load_clip(Path(self.root, os.fsdecode(self.clips[index])), self.num_frames,
-                         self.image_size, rng, self.augment, self.flip)
+        return len(self.split.clips)
 
     def __getitem__(self, key):
+        epoch, index = key
+        clip, label = self.split.clips[index]
+        rng = None
+        if self.train:
+            rng = np.random.default_rng((self.seed, epoch, index))
         try:
-            return self.load(*key), self.labels[key[1]], key[1]
+            return self.load(self.split.root / clip, rng=rng), label, index
         except (OSError, ValueError) as error:
             return error
 
 
 def _collate(samples):
-    errors = [sample for sample in samples if isinstance(sample, Exception)]
-    return errors[0] if errors else default_collate(samples)
+    for sample in samples:
+        if isinstance(sample, Exception):
+            return sample
+    return default_collate(samples)
 
 
 def _start_worker(_):
-    gc.freeze()  # else its first collection copies all that it shares with the parent process
-    for number in (signal.SIGINT, signal.SIGTERM):  # the parent process decides, and ends it
-        signal.signal(number, signal.SIG_IGN)
+    gc.freeze()  # else a collection copies all that a worker shares: 105 MB instead of 26
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the main process decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def loader(clips, batches, workers, pin_memory=False):
@@ -523,214 +509,34 @@ def loader(clips, batches, workers, pin_memory=False):
         yield batch
 
 
-_COLOUR = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
-                      v2.RandomGrayscale(p=0.2)])
+# ---- command lines ----
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):  # one line instead of the usage of all flags
+        raise ValueError(message)
 
 
-def jitter_colour(videos):
-    """Colour augmentation of uint8 (B, T, 3, S, S), drawn once per clip from torch's generator."""
-    return torch.stack([_COLOUR(video) for video in videos])
+def at_least(minimum, kind=int):
+    """A type for argparse: a finite number that is not smaller."""
+    def number(text):
+        value = kind(text)
+        if not minimum <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, not {text}")
+        return value
+    return number
 
 
-def check(root, workers=None):
-    """Decode every frame below `root` and print what is broken, empty or unreadable; a ValueError
-    if anything is."""
-    root = Path(root)
-    clips = _clip_folders(root)
-    empty = set(_folders(root)) - {clip.split("/")[0] for clip in clips}
-
-    def problems(clip):
-        found = []
-        try:
-            for name in frame_names(root / clip):
-                try:
-                    read_frame(root / clip / name)
-                except ValueError as error:
-                    found.append(str(error))
-        except (OSError, ValueError) as error:
-            found.append(str(error))
-        return found
-
-    found = [f"{root / name}: holds no clips" for name in sorted(empty)]
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        for more in tqdm(pool.map(problems, clips), "clips", len(clips)):
-            found += more
-    if found:
-        print(*found, sep="\n")
-        raise ValueError(f"{root}: {len(found)} problems in {len(clips)} clips")
-    print(f"{root}: every frame of {len(clips)} clips can be read")
-
-
-# ---- videos to frames ----
-
-def decode_video(video, folder):
-    """Write each frame of a video to an empty folder as a JPEG whose shorter side is 256.
-
-    Returns what ffmpeg complained of, or "". A ValueError names a video that cannot be read.
-    """
-    import imageio_ffmpeg
-    result = subprocess.run(
-        [imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-loglevel", "error", "-threads", "1",
-         "-protocol_whitelist", "file", "-i", Path(video).absolute(), "-fps_mode", "passthrough",
-         "-q:v", "2", "-vf", "scale='if(gt(iw,ih),-1,256)':'if(gt(iw,ih),256,-1)'", "img_%05d.jpg"],
-        cwd=folder, capture_output=True, text=True, errors="replace")  # a path may hold a %
-    said = (result.stderr.strip().splitlines() or [""])[-1]
-    if result.returncode or not os.listdir(folder):
-        raise ValueError(f"{video}: is no readable video ({said or 'no frames'})")
-    return said
-
-
-def extract(videos, frames, workers=None):
-    """Turn a folder of videos (of class folders, or flat) into the layout of `index_frames`.
-
-    The shorter side becomes 256, every frame of the file one JPEG. A clip's folder is renamed into
-    place when it is complete, so a stopped extraction continues. Broken videos are skipped and
-    reported at the end. Returns the number of clips there are. Raises ValueError, before anything
-    is written, where two videos of a class would share a folder.
-    """
-    root, jobs = Path(videos), {}
-    if not root.is_dir():
-        raise ValueError(f"{root}: no such folder")
-    for video in sorted(_videos(root), key=lambda path: len(path.parts)):
-        target = Path(frames) / video.relative_to(root).with_suffix("")
-        other = jobs.get(target) or jobs.get(target.parent)  # a flat video named like a class
-        if other:
-            raise ValueError(f"{other} and {video} would share a folder of {frames}")
-        jobs[target] = video
-    if not jobs:
-        raise ValueError(f"{root}: no videos ({' '.join(VIDEOS)}) in it or its class folders")
-
-    def convert(job):
-        target, video = job
-        if target.is_dir():
-            return None
-        part = target.with_name(f".{target.name}.part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        try:
-            said = decode_video(video, part)
-        except ValueError as error:
-            shutil.rmtree(part)
-            return f"skipped {error}"
-        part.rename(target)
-        return said and f"damaged {video}, its readable frames are kept: {said}"
-
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        problems = [*filter(None, tqdm(pool.map(convert, jobs.items()), "videos", len(jobs)))]
-    print(*problems, sep="\n", end="\n" * bool(problems), file=sys.stderr)
-    done = sum(target.is_dir() for target in jobs)
-    print(f"{done} of {len(jobs)} videos are frames in {frames}")
-    if not done:
-        raise ValueError(f"{root}: none of its videos could be read")
-    return done
-
-
-# ---- the demo world ----
-
-COLOURS = dict(red=(225, 45, 45), green=(40, 190, 60), blue=(55, 80, 235), yellow=(235, 215, 40),
-               purple=(165, 50, 200), white=(245, 245, 245))
-TWINS = (("left", "right"), ("top", "bottom"), ("large", "small"), ("clear", "faint"))
-
-
-def demo_class(colour, word, still=False):
-    """The class name of an action, or of the stills that show how the action ends."""
-    place = word in TWINS[0] + TWINS[1]
-    if still:
-        return f"a {colour} shape {'at the' if place else 'that is'} {word}"
-    return f"a {colour} shape {'moving to the' if place else 'getting'} {word}"
-
-
-def demo_frames(colour, pair, t, rng):
-    """Frames (len(t), 36, 36, 3) of a shape on grey that moves, grows or fades as t says.
-
-    t runs from 1 to -1 for the first of twins and back for the second: nothing but the order of the
-    frames tells them apart. The world is 32 x 32; the rim is what evaluation crops away.
-    """
-    shape, grey = rng.integers(5), rng.uniform(10, 110)
-    x, y = 17.5 + rng.uniform(-2, 2, (2, 1))
-    radius, opacity = rng.uniform(4.5, 6.5), rng.uniform(0.55, 0.7)
-    travel, growth = rng.uniform(15, 21) / 2, rng.uniform(0.6, 0.8) / 2
-    x, y = x + travel * t * (pair == 0), y + travel * t * (pair == 1)
-    r = (radius * np.exp(-growth * t * (pair == 2)))[:, None, None]
-    opacity = np.minimum(1, opacity * (1 - 0.6 * t * (pair == 3)))[:, None, None]
-    dx = np.abs(np.arange(36) - x[:, None])[:, None, :]
-    dy = (np.arange(36) - y[:, None])[:, :, None]
-    distance = np.hypot(dx, dy)
-    edge = (distance - r,  # circle, square, triangle, cross, ring
-            np.maximum(dx, abs(dy)) - 0.9 * r,
-            np.maximum(dy, 0.87 * dx - dy / 2) - 0.65 * r,
-            np.minimum(np.maximum(dx, 3 * abs(dy)), np.maximum(3 * dx, abs(dy))) - r,
-            abs(distance - 0.7 * r) - 0.3 * r)[shape]
-    mask = (opacity * np.clip(0.5 - edge, 0, 1))[..., None]  # (T, 36, 36, 1)
-    frames = grey + mask * (np.array(COLOURS[colour]) - grey)
-    return np.clip(frames + rng.normal(0, 6, frames.shape), 0, 255).astype(np.uint8)
-
-
-def demo(root, seed=0, stills=False):
-    """Render the demo world's 48 actions, or stills under 48 captions, below a new folder `root`.
-
-    In two of the four pairs a colour has no training clips: 24 base classes, 24 novel ones. Names
-    are like UCF101's, so that groups 1-7 are the test split: 20 clips per class (stills: 8).
-    """
-    root, part = Path(root), Path(f"{root}.part")
-    if root.exists():
-        raise ValueError(f"{root}: exists already")
-    shutil.rmtree(part, ignore_errors=True)
-    classes = [(i, colour, pair, twin) for i, colour in enumerate(COLOURS)
-               for pair in range(4) for twin in range(2)]
-    for i, colour, pair, twin in tqdm(classes, f"rendering {root.name}"):
-        word = TWINS[pair][twin]
-        test, train = (8, 208) if stills else (20, 0 if pair in (i % 4, (i + 1) % 4) else 32)
-        t = np.linspace(1, -1, 12)[-1 if stills else 0:] * (-1) ** twin
-        for k in range(test + train):
-            take, group = divmod(k, 7) if k < test else divmod(k - test, 18)
-            group += 1 if k < test else 8
-            clip = f"v_{colour.title()}{word.title()}_g{group:02d}_c{take + 1:02d}"
-            folder = part / demo_class(colour, word, stills) / clip
-            folder.mkdir(parents=True)
-            rng = np.random.default_rng((seed, stills, i, pair, twin, k))
-            for n, frame in enumerate(demo_frames(colour, pair, t, rng), 1):
-                Image.fromarray(frame).save(folder / f"img_{n:05d}.jpg", quality=90)
-    part.rename(root)
-
-
-def command(run):
-    """Run a command line's function; what is wrong with its input is one line and status 2."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
+def command(main):
+    """Run a program's main(); what is wrong with its input is one line and exit status 2."""
     try:
-        return run()
-    except (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError) as error:
-        status, text = 2, str(error)
-        if isinstance(error, OSError) and error.filename is not None:
-            text = f"{error.filename}: {error.strerror}"
+        return main()
     except KeyboardInterrupt as error:
         status, text = 130, str(error) or "stopped"
-    except RuntimeError as error:
+    except (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError) as error:
         status, text = 2, str(error)
-        if not text.startswith("DataLoader worker"):  # that was killed
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):  # one was killed; all else is somebody's bug
             raise
-    line = "".join(c if c.isprintable() else " " for c in text)  # names may hold any
-    print(f"error: {line}", file=sys.stderr)
+        status, text = 2, str(error)
+    print("error:", " ".join(text.split()), file=sys.stderr)
     sys.exit(status)
-
-
-def main():
-    parser = Parser(description="Frames for train.py.")
-    commands = parser.add_subparsers(dest="command", required=True,
-                                     metavar="{extract,check,demo}")
-    extracting = commands.add_parser("extract", help="turn videos into folders of frames")
-    extracting.add_argument("videos", help="class folders of videos, or a folder of videos")
-    extracting.add_argument("frames", help="the folder to write to; continued if it exists")
-    extracting.add_argument("--workers", type=at_least(1), help="videos at a time (all cores)")
-    checking = commands.add_parser("check", help="decode every frame and list what is broken")
-    checking.add_argument("root", metavar="frames", help="a folder of frames, as train.py takes it")
-    checking.add_argument("--workers", type=at_least(1), help="clips at a time (all cores)")
-    rendering = commands.add_parser("demo", help="render the demo world")
-    rendering.add_argument("root", metavar="dir", help="the folder to create")
-    rendering.add_argument("--seed", type=at_least(0), default=0, help="random seed (%(default)s)")
-    args = vars(parser.parse_args())
-    dict(extract=extract, check=check, demo=demo)[args.pop("command")](**args)
-
-
-if __name__ == "__main__":
-    command(main)

@@ -23,7 +23,8 @@ import time
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 
 import torch
 from naive import Naive
@@ -132,7 +133,7 @@ def tower(D, layers, N, L, T, end):
     """
     H = D // 64
     for i in range(layers):
-        A = 1 if i == layers - 1 else L  # tokens that go on
+        A = 1 if T and i == layers - 1 else L  # tokens that go on
         learns = i > 0 or T > 0
         if T:  # the prompt tokens: attention over frames
             yield from [(1, N, D, 3 * D, 1), (N // T * H, T, 64, T, 2), (N // T * H, T, T, 64, 2),
@@ -251,9 +252,9 @@ def table(rows):
 
 def grid(path, args):
     """clips/s of encode_video for T = 8..64 and batches up to `--most-frames` frames: a plot."""
-    import train
+    from plots import figure, save_figure
     rows = []
-    fig, axes = train.figure(8, 3.5, [args.models])
+    fig, axes = figure(8, 3.5, [args.models])
     for name in args.models:
         for T in (8, 16, 32, 64):
             sizes = [B for B in (1, 2, 4, 8, 16, 32, 64, 128) if B * T <= args.most_frames]
@@ -270,7 +271,7 @@ def grid(path, args):
         axes[name].set_xticks(ticks, ticks)
         axes[name].minorticks_off()
     fig.legend(*axes[name].get_legend_handles_labels(), loc="outside upper center", ncols=4)
-    train.save_figure(fig, Path(path))
+    save_figure(fig, Path(path))
     return rows
 
 

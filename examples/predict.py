@@ -1,0 +1,240 @@
+"""Name the actions in videos, with CLIP or with what was trained.
+
+    python examples/predict.py video.mp4 --clip ViT-B/16 \\
+        --class-names "arm wrestling" "flipping a pancake"
+    python examples/predict.py video.mp4 frames/Archery/clip1 \\
+        --checkpoint runs/ucf101_frames/last.pt --picture seen.png
+
+A video is a file or a folder of frames. Names may come from a file, a name per line, and are by
+default those of the checkpoint's training; the five best are printed, with --json as one document.
+--picture shows the frames and what the class token of each attends to.
+"""
+
+import contextlib
+import json
+import math
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import data
+import ezclip
+import plots
+import prepare
+import train
+
+FILES_OF_NAMES = (".txt", ".csv")
+
+
+def parser():
+    p = data.Parser(allow_abbrev=False, description="Name the actions in videos.")
+    flag = p.add_argument
+    flag("videos", nargs="+", metavar="VIDEO", help="a video, or a folder of frames")
+    flag("--class-names", nargs="+", default=[], metavar="NAME",
+         help="the names to choose from, or a file of names (those of the checkpoint's training)")
+    flag("--json", action="store_true", help="predictions as JSON; all else goes to stderr")
+    flag("--picture", metavar="FILE", help="a PNG of the frames and the class token's attention")
+    # the model and its texts, as in train.py
+    flag("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file (ViT-B/16)")
+    flag("--checkpoint", help="a last.pt of train.py, or a checkpoint of the official code")
+    flag("--activation", choices=("quick_gelu", "gelu"),
+         help="gelu for open_clip's models not named -quickgelu (quick_gelu)")
+    flag("--num-frames", type=data.at_least(1), help="frames per clip (8, or the checkpoint's)")
+    flag("--prompts", choices=("deep", "shallow", "none"), help="(the checkpoint's)")
+    flag("--no-adapters", action="store_true", help="leave out the adapters")
+    flag("--temporal-adapter", action="store_true", help="attention over time at every token")
+    flag("--templates", nargs="+", metavar="TEXT",
+         type=train.template, help="texts with {} for the class name (16 of the official code)")
+    flag("--descriptions", metavar="FILE", help="texts to stand for the class names")
+    flag("--device", type=train.usable_device, help="cuda, cuda:1, mps or cpu (the best there is)")
+    return p
+
+
+# ---- what the model sees and attends to ----
+
+def load_video(path, num_frames, image_size):
+    """A folder of frames, or a video file, as a clip: see `data.load_clip`."""
+    if os.path.isdir(path):
+        return data.load_clip(path, num_frames, image_size)
+    with tempfile.TemporaryDirectory() as folder:
+        said = prepare.video_frames(path, folder)
+        if said:
+            print(f"warning: damaged {path}: {said}", file=sys.stderr)
+        return data.load_clip(folder, num_frames, image_size)
+
+
+def attention_maps(model, video):
+    """The attention of each frame's class token in every layer, from one ordinary pass.
+
+    Returns the frame features of `encode_frames`, (B, T, E), and the weights of the softmax,
+    (B, T, layers, H, L+1), without gradient: for the class token itself, for the patches row by
+    row, and last for the temporal prompt token, which is 0 in layers without one.
+    """
+    blocks = model.visual.transformer.resblocks
+    inputs = {}
+
+    def keep(attention, args):  # of a block's last call, the one over the tokens of each frame
+        inputs[attention] = args
+
+    hooks = [block.attn.register_forward_pre_hook(keep) for block in blocks]
+    try:
+        features = model.encode_frames(video)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    L = len(model.visual.positional_embedding)
+    maps = []
+    for block in blocks:
+        weights = class_token_attention(block.attn, *inputs[block.attn])  # (B*T, H, L or L+1)
+        maps.append(F.pad(weights, (0, L + 1 - weights.shape[-1])))
+    return features, torch.stack(maps, 1).unflatten(0, video.shape[:2])
+
+
+@torch.no_grad()
+def class_token_attention(attention, queries, tokens):
+    """What the class token, the first query, reads: (N, Q, D), (N, L, D) -> (N, H, L)"""
+    def split_heads(x):  # (N, L, D) -> (N, H, L, D/H)
+        return x.unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+
+    weight_q, weight_k, _ = attention.in_proj_weight.chunk(3)
+    bias_q, bias_k, _ = attention.in_proj_bias.chunk(3)
+    q = split_heads(F.linear(queries[:, :1], weight_q, bias_q))
+    k = split_heads(F.linear(tokens, weight_k, bias_k))
+    logits = q @ k.mT / math.sqrt(q.shape[-1])  # (N, H, 1, L)
+    return logits.softmax(-1).squeeze(2)
+
+
+# ---- the picture ----
+
+def plot_predictions(path, videos):
+    """For each of (title, clip, attention maps): its frames, and under each of them the attention
+    of its class token to the patches and, layer by layer, to the temporal prompt token."""
+    _, _, maps = videos[0]
+    T, layers = maps.shape[:2]
+    side = min(max(1, 4 / T), 7.6 / T)  # of a frame, in inches
+    rows = ["frames", "patches"]
+    heights = [side, max(side, 1)]
+    if maps[..., -1].any():  # else the model has no prompts
+        rows.append("prompt")
+        heights.append(max(0.08 * layers, 1))
+    mosaic = []
+    for i in range(len(videos)):
+        for row in rows:
+            mosaic.append([f"{row} {i}", f"{row} bar {i}"])
+    fig, axes = plots.figure(
+        side * T + 1.5, (sum(heights) + 0.9) * len(videos), mosaic,
+        height_ratios=heights * len(videos), width_ratios=[side * T, 0.1])
+    for i, (title, clip, maps) in enumerate(videos):
+        own = {row: (axes[f"{row} {i}"], axes[f"{row} bar {i}"]) for row in rows}
+        draw_video(fig, own, title, clip, 100 * maps.mean(2).numpy())  # of the heads, in per cent
+    plots.save_figure(fig, path)
+
+
+def draw_video(fig, rows, title, clip, maps):
+    """One video in its rows, each an axis and that of its colour bar. maps: (T, layers, L+1)"""
+    T, layers, tokens = maps.shape
+    grid = math.isqrt(tokens - 2)  # without the class token and the prompt
+    patches = maps[:, -1, 1:-1].reshape(T, grid, grid)
+    style = dict(cmap="cividis", vmin=0, aspect="auto", interpolation="nearest")
+    top = np.quantile(patches, 0.995)  # a single bright patch would darken all others
+    for axis, _ in rows.values():
+        axis.set(xlim=(0.5, T + 0.5), xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+
+    frames, beside_frames = rows["frames"]
+    frames.set_title(title, fontsize=10, wrap=True)
+    beside_frames.axis("off")
+    patch_axis, patch_bar = rows["patches"]
+    patch_axis.set_ylabel("last\nlayer")
+    for t in range(T):
+        box = (t + 0.52, t + 1.48, 0, 1)
+        frames.imshow(clip[t].permute(1, 2, 0).numpy(), extent=box, aspect="auto")
+        image = patch_axis.imshow(patches[t], extent=box, vmax=top, **style)
+    fig.colorbar(image, patch_bar, label="attention to\npatch (%)", extend="max")
+
+    lowest = patch_axis
+    if "prompt" in rows:
+        lowest, prompt_bar = rows["prompt"]
+        box = (0.5, T + 0.5, layers + 0.5, 0.5)
+        image = lowest.imshow(maps[..., -1].T, extent=box, **style)
+        lowest.set(ylabel="layer", yticks=range(1, layers + 1, 1 + layers // 8))
+        fig.colorbar(image, prompt_bar, label="attention to\nprompt (%)")
+    lowest.set(xlabel="frame", xticks=range(1, T + 1))
+
+
+# ---- predictions ----
+
+def check(args):
+    """Find errors before a model is loaded. Reads a file of names in place of --class-names."""
+    for video in args.videos:
+        if not os.path.exists(video):
+            raise ValueError(f"{video}: no such video, nor folder of frames")
+    if args.picture and not Path(args.picture).parent.is_dir():
+        raise ValueError(f"{args.picture}: no such folder to write to")
+    names = args.class_names
+    if len(names) == 1 and (names[0].endswith(FILES_OF_NAMES) or os.path.isfile(names[0])):
+        args.class_names = list(data.read_labels(names[0]).values())
+    words = [data.class_text(name) for name in args.class_names]
+    if len(set(words)) < len(words):
+        raise ValueError(f"--class-names has {statistics.mode(words)} twice")
+    if not words and not args.checkpoint:
+        raise ValueError("--class-names is needed, the names to choose from, or a file of them")
+
+
+@torch.inference_mode()
+def predict(args):
+    """Print the at most five best classes of each video; returns what --json prints."""
+    check(args)
+    model = train.build_model(args)
+    config = model.config
+    classes = args.class_names or ezclip.read_weights(args.checkpoint).get("classes")
+    if not classes:
+        raise ValueError(f"{args.checkpoint}: names no classes, --class-names is needed")
+    texts = train.encode_classes(classes, args, model)
+    width = max(map(len, classes))
+    videos = []
+    pictures = []
+    for video in args.videos:
+        clip = load_video(video, config.num_frames, config.image_size)
+        with train.autocast(args):
+            frames, maps = attention_maps(model, clip[None].to(args.device))
+        features = model.pool(frames.float())  # (1, E)
+        probabilities = ezclip.class_probabilities(features, texts)[0].cpu()
+        if not probabilities.isfinite().all():
+            raise ValueError("the model's features are not finite: its weights are broken")
+
+        print(video)
+        best = []
+        for k in probabilities.argsort(descending=True, stable=True)[:5].tolist():
+            p = probabilities[k].item()
+            print(f"  {classes[k]:<{width}}  {100 * p:5.1f} %", flush=True)
+            best.append({"class": classes[k], "probability": round(p, 6)})
+        videos.append({"video": video, "classes": best})
+        if args.picture:
+            title = f"{Path(video).name}: {best[0]['class']}, {100 * probabilities.max():.1f} %"
+            pictures.append((title, clip, maps[0].float().cpu()))
+    if args.picture:
+        plot_predictions(args.picture, pictures)
+    return {"clip": model.weights_path, "checkpoint": args.checkpoint,
+            "num_frames": config.num_frames, "prompts": config.prompts, "videos": videos}
+
+
+def main(argv=None):
+    args = train.parser().parse_args([])  # what the flags of this program leave open
+    args.eval_only = True
+    args = parser().parse_args(argv, args)
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        content = predict(args)
+    if args.json:  # and nothing but JSON on stdout
+        print(json.dumps(content, indent=1))
+
+
+if __name__ == "__main__":
+    data.command(main)
