@@ -192,7 +192,7 @@ def _by_folders(root, folders, whole):
     position = {name: k for k, name in enumerate(classes)}
     chosen, source = set(folders), "all clips"
     if not whole:
-        chosen, source = _test_clips(folders)
+        chosen, source = _test_clips(folders, names)
     train, test = [], []
     for folder, name in zip(folders, names):
         part = test if folder in chosen else train
@@ -200,7 +200,7 @@ def _by_folders(root, folders, whole):
     return Split(root, classes, train, source), Split(root, classes, test, source)
 
 
-def _test_clips(folders):
+def _test_clips(folders, names):
     """-> the clips to test where no list tells, and the rule: a folder train beside others; names
     of UCF101; or of each class the max(1, n // 5) with the smallest hash, never its only clip."""
     test, ranked = set(), {}
@@ -215,8 +215,9 @@ def _test_clips(folders):
             if int(ucf101.fullmatch(folder)[1]) <= 7:
                 test.add(folder)
         return test, "split 1 of UCF101"
+    class_of = dict(zip(folders, names))
     for folder in sorted(folders, key=name_hash):
-        ranked.setdefault(folder.split("/")[0], []).append(folder)
+        ranked.setdefault(class_of[folder], []).append(folder)
     for clips in ranked.values():
         if len(clips) > 1:
             test.update(clips[:max(1, len(clips) // 5)])
@@ -494,9 +495,11 @@ def _collate(samples):
 
 
 def _start_worker(_):
-    gc.freeze()  # else a collection copies all that a worker shares: 105 MB instead of 26
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all: the main process decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    gc.freeze()  # else a collection copies whatever memory a worker shares with the main process
+    # Ctrl-C reaches all processes: the main one decides. SIGTERM ends a worker, without the
+    # signal that PyTorch would take for a crash.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def loader(clips, batches, workers, pin_memory=False):

@@ -114,8 +114,9 @@ class Attention(nn.Module):
     def forward(self, queries, tokens):
         """The queries (N, Q, D) look at the tokens (N, L, D): -> (N, Q, D)."""
         D = queries.shape[-1]
-        q = F.linear(queries, self.in_proj_weight[:D], self.in_proj_bias[:D])
-        kv = F.linear(tokens, self.in_proj_weight[D:], self.in_proj_bias[D:])  # (N, L, 2D)
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        q = F.linear(queries, weight[:D], bias[:D])
+        kv = F.linear(tokens, weight[D:], bias[D:])  # (N, L, 2D)
         k, v = kv.chunk(2, dim=-1)
         q, k, v = (x.unflatten(-1, (self.heads, -1)).transpose(1, 2) for x in (q, k, v))
         x = F.scaled_dot_product_attention(  # (N, H, Q, D/H)
