@@ -12,6 +12,7 @@ import csv
 import functools
 import gc
 import hashlib
+import io
 import json
 import math
 import os
@@ -105,7 +106,7 @@ def read_descriptions(path):
         if text.lstrip().startswith("{"):
             rows = [("", said.partition(":")[0], said) for said in json.loads(text).values()]
         else:  # cells hold line ends
-            rows = list(csv.reader(text.splitlines(keepends=True), strict=True))[1:]
+            rows = list(csv.reader(io.StringIO(text, newline=""), strict=True))[1:]
         for _, name, said, *more in filter(None, rows):
             texts[name.strip()] = ",".join([said, *more]).strip()  # commas without quotes
     except (csv.Error, ValueError, AttributeError) as error:
@@ -141,6 +142,8 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
         names = read_labels(labels)
         train = _by_list(root, folders, train_list, names, allow_missing)
         test = _by_list(root, folders, test_list, names, allow_missing)
+    elif labels:
+        raise ValueError(f"{labels}: --labels goes with --train-list or --test-list")
     else:
         train, test = _by_folders(root, folders, whole)
 
@@ -315,10 +318,14 @@ def _by_list(root, folders, path, names, allow_missing):
 
 def report_missing(path, missing, count, allow_missing):
     """Name the clips of a list that have no folder: a ValueError, unless some may be missing."""
-    if missing or not count:
+    if not count:
+        raise ValueError(f"{path}: names no clips")
+    if missing:
         named = ", ".join(missing[:10] + ["..."] * (len(missing) > 10))
         problem = f"{path}: {len(missing)} of {count} clips have no folder: {named}"
-        if not allow_missing or len(missing) == count:
+        if len(missing) == count:
+            raise ValueError(f"{problem}; is it the right folder?")
+        if not allow_missing:
             raise ValueError(f"{problem}; --allow-missing leaves out what is missing")
         print(f"warning: {problem}", file=sys.stderr)
 
@@ -418,9 +425,9 @@ def sample_frames(count, num_frames, rng=None):
     """
     i = np.arange(num_frames)
     starts = i * count // num_frames
-    if rng is not None and count >= num_frames:
-        return rng.integers(starts, [*starts[1:], count])
     if rng is not None:
+        if count >= num_frames:
+            return rng.integers(starts, [*starts[1:], count])
         repeats = rng.integers(count, size=num_frames - count)
         return np.sort(np.concatenate([np.arange(count), repeats]))
     if count < num_frames:

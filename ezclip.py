@@ -172,14 +172,14 @@ class Block(nn.Module):
 
         # z = MHA(LN_1(P + mean(x))) over the frames: what the other frames show, for each frame
         tokens = self.ln_1(x)
-        y = tokens[:, :keep]
+        queries = tokens[:, :keep]
         if prompt is not None:
             z = self.ln_1(prompt + x.mean(1).view(B, T, D))
             z = self.drop_path(self.attn(z, z), B)  # (B, T, D), no skip connection
             tokens = torch.cat([tokens, self.ln_1(z).view(BT, 1, D)], dim=1)  # (B*T, L+1, D)
 
         # x <- x + MHA(LN_1([x; z])), which asks for x only: z is one more token to look at
-        x = x[:, :keep] + self.drop_path(self.attn(y, tokens), B)
+        x = x[:, :keep] + self.drop_path(self.attn(queries, tokens), B)
 
         # x <- x + adapter(x), then CLIP's MLP
         if self.adapter is not None:
@@ -190,8 +190,8 @@ class Block(nn.Module):
         """Stochastic depth: drop the branch of a whole clip, all of its frames together."""
         if not self.training or self.drop_rate == 0:
             return branch
-        keep = 1 - self.drop_rate
-        mask = branch.new_empty(num_clips, 1).bernoulli_(keep) / keep
+        survival = 1 - self.drop_rate
+        mask = branch.new_empty(num_clips, 1).bernoulli_(survival) / survival
         return (branch.reshape(num_clips, -1) * mask).view_as(branch)
 
 
@@ -213,14 +213,15 @@ class Transformer(nn.Module):
 
     def forward(self, x, num_frames=1, keep=None):
         """(B*T, L, D) -> (B*T, L, D), or with `keep` (B*T, keep, D), the first tokens."""
-        prompts = [None] * len(self.resblocks)
+        prompts = []
         if self.temporal_prompts is not None:
-            rows = F.dropout(self.temporal_prompts, self.prompt_dropout, self.training)
-            prompts[:len(rows)] = rows.unbind()
+            prompts = F.dropout(self.temporal_prompts, self.prompt_dropout, self.training)
         for i, block in enumerate(self.resblocks):
-            is_last = i == len(self.resblocks) - 1
-            # tokens that nobody reads are not computed: 9 % of a step, 7 % of an evaluation
-            args = x, num_frames, prompts[i], keep if is_last else None
+            prompt = prompts[i] if i < len(prompts) else None  # (T, D)
+            args = [x, num_frames, prompt]
+            if i == len(self.resblocks) - 1:
+                # tokens that nobody reads are not computed: 9 % of a step, 7 % of an evaluation
+                args.append(keep)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
@@ -381,8 +382,8 @@ class EZCLIP(nn.Module):
             try:
                 model = cls.from_pretrained(clip, **settings)
             except (OSError, ValueError) as error:
-                raise type(error)(f"{error}; `clip` (--clip) says where the CLIP of {file.path} is "
-                                  "now") from None
+                raise ValueError(f"{file.path}: its CLIP cannot be loaded: {error}; `clip` (--clip) "
+                                 "says where it is now") from None
             if model.weights_sha256 != file.content["clip_sha256"]:
                 raise ValueError(f"{file.path}: was trained on another CLIP than {clip}")
         elif clip:
@@ -466,9 +467,10 @@ _RELEASES = {  # name: SHA-256
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
-# What a file may be that cannot be read, by its first byte.
-_NO_WEIGHTS = {b"v": ": it is a git-lfs pointer, not the file itself", b"<": ": it is a web page",
-               b"{": ": it is JSON, like the index of a model in several files"}
+# What a file may be that cannot be read, by its first bytes.
+_NO_WEIGHTS = {b"version https": ": it is a git-lfs pointer, not the file itself",
+               b"<!": ": it is a web page", b"<html": ": it is a web page",
+               b'{"': ": it is JSON, like the index of a model in several files"}
 # Our parameter names and those of others, replaced in this order: so errors name a file's own keys.
 _OFFICIAL = """
     temporal_adapter.fc             T_Adapter.D_fc
@@ -594,7 +596,10 @@ class _WeightsFile:
         for name, parameter in model.named_parameters():
             keys = self.keys(name)
             parts = parameter.chunk(3) if len(keys) == 3 else [parameter]
-            if self.adapted if is_new(name) else not self.partial:
+            here = not self.partial
+            if is_new(name):  # which CLIP's files lack
+                here = self.adapted
+            if here:
                 expected.update(zip(keys, parts))
         self.refuse("missing", [key for key in expected if key not in self.state])
         known = expected.keys() | {*self.keys("visual.temporal_embedding")}
@@ -630,7 +635,7 @@ def read_weights(path):
     told apart by their content. A file that cannot be read is a ValueError that names it.
     """
     with open(path, "rb") as file:
-        head = file.peek(9)
+        head = file.peek(16)
         try:
             if head[8:9] == b"{":
                 from safetensors.torch import load_file
@@ -639,7 +644,7 @@ def read_weights(path):
                 content = _unpickle(file)
         except Exception as error:  # there is no bound to what a hostile file makes a reader raise
             reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            hint = _NO_WEIGHTS.get(head[:1], "")
+            hint = next((hint for start, hint in _NO_WEIGHTS.items() if head.startswith(start)), "")
             raise ValueError(f"{path}: cannot be read as weights: {reason}{hint}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is no dict of names and tensors")
@@ -647,7 +652,8 @@ def read_weights(path):
 
 
 class _Shell(dict):
-    """Whatever else a pickle names: it does nothing. TorchScript's modules hold all parameters."""
+    """Stands for all else that a pickle names, and does nothing but this: what was a module of
+    TorchScript comes to hold the parameters below it."""
 
     __hash__ = object.__hash__
 
@@ -698,7 +704,10 @@ def _unpickle(file):
     storages = {}
     if file.peek(2).startswith(b"PK"):
         archive = zipfile.ZipFile(file)  # whose read() compares checksums
-        root, = (name[:-8] for name in archive.namelist() if re.fullmatch("[^/]+/data.pkl", name))
+        found = [name for name in archive.namelist() if re.fullmatch("[^/]+/data.pkl", name)]
+        if len(found) != 1:
+            raise ValueError("it is a zip, but none of PyTorch's")
+        root = found[0].removesuffix("data.pkl")
         content = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), storages).load()
         stored = ((key, archive.read(f"{root}data/{key}")) for key in storages)
     else:  # before PyTorch 1.6: five pickles, and each storage behind its number of values

@@ -1047,7 +1047,7 @@ def test_missing_clips_are_counted_and_named(tmp_path, capsys):
     assert str(error.value).startswith(named)
     split, _ = data.index_frames(root, path, labels=labels, allow_missing=True)
     assert split.clips == [("Archery/clip0", 0)] and named in capsys.readouterr().err
-    for text, word in (("\n".join(f"{clip} 0" for clip in gone), "12 of 12"), ("\n", "0 of 0")):
+    for text, word in (("\n".join(f"{clip} 0" for clip in gone), "12 of 12"), ("\n", "names no clips")):
         path.write_text(text)
         with pytest.raises(ValueError, match=word):
             data.index_frames(root, path, labels=labels, allow_missing=True)
@@ -1417,7 +1417,7 @@ def test_a_checkpoint_is_loaded_like_any_weights_file(world, tmp_path):
             ({}, dict(clip=moved), "last.pt: was trained on another CLIP than .*moved.pt"),
             ({}, dict(prompts="none"), "has prompts 'deep', not 'none'"),
             ({"activation": "relu"}, {}, "activation"), ({"clip": [1]}, {}, ""),
-            ({"clip": "gone.pt"}, {}, "gone.pt: no such file.*--clip.*last.pt"),
+            ({"clip": "gone.pt"}, {}, "gone.pt: no such file.*--clip"),
             ({"state_dict": {}}, {}, "missing: .*adapter.fc1"),
             ({"state_dict": saved["state_dict"] | {"a": torch.ones(1)}}, {}, "unexpected: a$")):
         torch.save({**saved, **change}, path)

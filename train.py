@@ -3,11 +3,12 @@
     python train.py --data ucf101_frames                       # train, then evaluate
     python train.py --data ucf101_frames --resume              # the same command goes on
     python train.py --data hmdb51_frames --checkpoint runs/ucf101_frames/last.pt --eval-only
-    python train.py --data ucf101_frames --eval-only           # plain CLIP, nothing learnt
+    python train.py --data ucf101_frames --eval-only --out runs/plain   # CLIP, nothing learnt
 
 A run's folder, runs/<data> or --out, receives last.pt, log.csv, results.json and predictions.csv.
-Another program trains with `args = parser().parse_args([...])` and `run(args, train, tests)`, or
-with the parts of it: build_model, train and evaluate.
+Another program makes `args = parser().parse_args(["--out", folder, ...])`, takes Splits of clips
+from data.index_frames and calls `run(args, split, {"name": test})`, or its parts: build_model(args),
+train(model, split, args) and evaluate(model, test, args).
 """
 
 import argparse
@@ -112,18 +113,26 @@ def parser():
     flag("--compile", action="store_true", help="let torch.compile speed the model up")
     flag("--recompute", action="store_true",
          help="gradient checkpointing, block by block: less memory, more time")
-    cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
-    flag("--device", type=usable_device, default="cuda" if cuda else "mps" if mps else "cpu",
+    device = "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    flag("--device", type=usable_device, default=device,
          help="cuda, cuda:1, mps or cpu (%(default)s)")
     return p
 
 
 def build_model(args):
     """The model of the flags on its device, as --clip or --checkpoint has it."""
-    given = {"recompute": args.recompute, "activation": args.activation, "prompts": args.prompts,
-             "adapters": False if args.no_adapters else None,
-             "temporal_adapter": args.temporal_adapter or None}
-    given = {name: value for name, value in given.items() if value is not None}  # else a file may
+    given = {"recompute": args.recompute}
+    # what no flag says is said by the checkpoint, or else by Config
+    if args.activation:
+        given["activation"] = args.activation
+    if args.prompts:
+        given["prompts"] = args.prompts
+    if args.no_adapters:
+        given["adapters"] = False
+    if args.temporal_adapter:
+        given["temporal_adapter"] = True
     if args.eval_only and not args.checkpoint and not args.prompts:
         print("no --checkpoint: this is plain CLIP, without prompts and adapters")
         given.update(prompts="none", adapters=False)
@@ -132,11 +141,13 @@ def build_model(args):
     if args.checkpoint:
         model = EZCLIP.from_pretrained(args.checkpoint, args.num_frames, args.clip, **given)
         if not model.weights_adapted:
-            raise ValueError(f"{args.checkpoint}: is plain CLIP, to be given as --clip")
+            raise ValueError(f"{args.checkpoint}: holds no prompts and no adapters, so that it is "
+                             "plain CLIP, to be given as --clip")
     else:
         model = EZCLIP.from_pretrained(args.clip or "ViT-B/16", args.num_frames, **given)
     if model.config.vocab_size != 49408:
-        raise ValueError(f"{args.clip}: has {model.config.vocab_size} token ids, not CLIP's 49408")
+        raise ValueError(f"{model.weights_path}: has {model.config.vocab_size} token ids, not "
+                         "CLIP's 49408")
     if args.tune == "new":
         model.freeze_backbone()
     if args.compile:
@@ -194,8 +205,10 @@ def evaluate(model, split, args):
     """
     model.eval()
     dataset = data.Clips(split, model.config.num_frames, model.config.image_size)
-    order = torch.arange(len(dataset)).split(args.batch_size)
-    keys = [[(0, i) for i in part.tolist()] for part in order]
+    n = len(dataset)
+    keys = []
+    for start in range(0, n, args.batch_size):  # the last batch may be smaller: all clips count
+        keys.append([(0, i) for i in range(start, min(n, start + args.batch_size))])
     texts = encode_classes(split.classes, args, model)
     top1, top5, predictions = 0, 0, []
     bar = tqdm(data.loader(dataset, keys, args.workers), "test", len(keys), leave=False, disable=None)
@@ -215,9 +228,13 @@ def evaluate(model, split, args):
                 prediction[f"class{k + 1}"] = split.classes[best[row, k]]
                 prediction[f"p{k + 1}"] = p[row, k].item()
             predictions.append(prediction)
-    n = len(dataset)
     return {"top1": round(100 * top1 / n, 2), "top5": round(100 * top5 / n, 2), "n": n,
             "classes": len(split.classes), "split": split.source, "predictions": predictions}
+
+
+def columns(name, result):
+    """The accuracies of a test set as they stand in log.csv."""
+    return {f"{name} top1": result["top1"], f"{name} top5": result["top5"]}
 
 
 def write(path, save):
@@ -230,8 +247,8 @@ def write(path, save):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except OSError as error:
-        reason = error.strerror or error
+    except (OSError, RuntimeError) as error:  # the second is torch.save's for a full disk
+        reason = getattr(error, "strerror", None) or error
         raise OSError(f"{path}: cannot be written ({reason}); nothing was changed") from None
     finally:
         temporary.unlink(missing_ok=True)
@@ -261,7 +278,8 @@ def batches(n, size, start, stop, seed):
 
 
 def learning_rate(step, warmup, total):
-    """As a fraction of the peak: linear from 0 for `warmup` steps, then a cosine to 0."""
+    """As a fraction of the peak: linear, 1/warmup in step 0, and from step warmup - 1 on a cosine
+    with its peak in step `warmup`, to 0."""
     if step + 1 < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
@@ -284,23 +302,25 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def load_run(path, run, new, optimizer):
-    """Load weights and optimizer of a last.pt that goes on; returns the rest of it.
+def load_run(path, identity, weights, optimizer):
+    """Load weights and optimizer of the last.pt of a run that goes on.
 
-    ValueError names what differs from `run`: flags that change the result, clips, texts, CLIP.
+    Returns its step, the rows of its log and the sums of its epoch. ValueError names what differs
+    from `identity`: flags that change the result, clips and texts, CLIP.
     """
     saved = read_weights(path)
     try:
         for flag, value in saved["args"].items():
-            if flag not in FREE and run["args"][flag] != value:
-                raise ValueError(f"{path}: the run has --{flag.replace('_', '-')} {value}, not "
-                                 f"{run['args'][flag]}; --resume keeps it")
-        if saved["data_sha256"] != run["data_sha256"]:
+            now = identity["args"].get(flag)
+            if flag not in FREE and now != value:
+                raise ValueError(f"{path}: the run has --{flag.replace('_', '-')} {value}, not {now}; "
+                                 "--resume keeps it")
+        if saved["data_sha256"] != identity["data_sha256"]:
             raise ValueError(f"{path}: the run had other training clips or texts than these")
-        if saved["clip_sha256"] != run["clip_sha256"]:
-            raise ValueError(f"{path}: the run had another CLIP than {run['clip']}")
+        if saved["clip_sha256"] != identity["clip_sha256"]:
+            raise ValueError(f"{path}: the run had another CLIP than {identity['clip']}")
         with torch.no_grad():
-            for name, parameter in new.items():
+            for name, parameter in weights.items():
                 parameter.copy_(saved["state_dict"][name])
         optimizer.load_state_dict(saved["optimizer"])
         return saved["step"], saved["rows"], saved["sums"]
@@ -308,7 +328,7 @@ def load_run(path, run, new, optimizer):
         raise ValueError(f"{path}: is no checkpoint of a run, or a damaged one") from None
 
 
-def train(model, split, args, tests={}):
+def train(model, split, args, tests=None):
     """Train on the clips of a Split, or with --resume go on where last.pt in --out stands.
 
     Writes last.pt and log.csv there, with accuracies on `tests`, {name: Split}, where --eval-every
@@ -316,46 +336,50 @@ def train(model, split, args, tests={}):
     step's is a function of (seed, step), a clip's of (seed, epoch, clip). So a resumed run takes
     the very steps of one that was never stopped.
     """
-    out, clips, new = Path(args.out), split.clips, trained(model)
+    out, clips, weights = Path(args.out), split.clips, trained(model)
+    out.mkdir(parents=True, exist_ok=True)
     tokens = tokens_of(split.classes, args, model.config.context_length)  # (templates, classes, L)
     sided = re.compile(r"(?<![a-z])(left|right)(?![a-z])")
     flip = not args.no_flip and not any(sided.search(data.class_text(c)) for c in split.classes)
     dataset = data.Clips(split, model.config.num_frames, model.config.image_size, train=True,
                          augment=not args.no_augment, flip=flip, seed=args.seed)
-    print(f"training {sum(p.numel() for p in new.values()):,} parameters on {args.device}, "
+    print(f"training {sum(p.numel() for p in weights.values()):,} parameters on {args.device}, "
           f"{len(clips)} clips of {len(split.classes)} classes, with{'' if flip else 'out'} flips")
 
     per_epoch = max(1, len(clips) // args.batch_size)
     total = args.epochs * per_epoch
     warmup = min(args.warmup_epochs * per_epoch, total / 10)
-    prompts = [p for name, p in new.items() if "prompts" in name]
-    others = [p for name, p in new.items() if "prompts" not in name]
-    peaks = [args.lr, args.lr if args.prompt_lr is None else args.prompt_lr]
-    optimizer = torch.optim.AdamW([{"params": others}, {"params": prompts}], betas=(0.9, 0.98),
-                                  eps=1e-8, weight_decay=args.weight_decay)
+    # prompts may have a learning rate of their own
+    groups = [{"params": [], "peak": args.lr}, {"params": [], "peak": args.prompt_lr}]
+    if args.prompt_lr is None:
+        groups[1]["peak"] = args.lr
+    for name, parameter in weights.items():
+        groups["prompts" in name]["params"].append(parameter)
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8,
+                                  weight_decay=args.weight_decay)
 
     # what last.pt holds beside weights and optimizer
     digest = hashlib.sha256(repr(clips).encode() + tokens.numpy().tobytes()).hexdigest()
-    run = {"args": vars(args), "classes": split.classes, "data_sha256": digest,
-           "clip": model.weights_path, "clip_sha256": model.weights_sha256,
-           "activation": model.config.activation, "num_frames": model.config.num_frames}
+    identity = {"args": vars(args), "classes": split.classes, "data_sha256": digest,
+                "clip": model.weights_path, "clip_sha256": model.weights_sha256,
+                "activation": model.config.activation, "num_frames": model.config.num_frames}
     step, rows, sums = 0, [], [0.0] * 4  # sums of the epoch: three losses, and seconds
     if args.resume and (out / "last.pt").exists():
-        step, rows, sums = load_run(out / "last.pt", run, new, optimizer)
+        step, rows, sums = load_run(out / "last.pt", identity, weights, optimizer)
         print(f"resumed at step {step} of {total}")
 
     keys = batches(len(clips), args.batch_size, step, total, args.seed)
     stream = data.loader(dataset, keys, args.workers, args.device.startswith("cuda"))
     bar = tqdm(stream, "train", total, initial=step, unit="step", disable=None)
-    began = clock = saved_at = time.monotonic()
-    waited = 0.0
+    clock = saved_at = time.monotonic()
+    waited = 0.0  # for clips, in this epoch
     with stop_signals() as stopped:
         for videos, labels, indices in bar:
             # draws and learning rates of this step
             waited += time.monotonic() - clock
             torch.manual_seed(np.random.SeedSequence((args.seed, step)).generate_state(1).item())
-            for group, peak in zip(optimizer.param_groups, peaks):
-                group["lr"] = peak * learning_rate(step, warmup, total)
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(step, warmup, total)
             drawn = torch.randint(len(tokens), labels.shape)  # a template for each clip
 
             # forward
@@ -379,9 +403,8 @@ def train(model, split, args, tests={}):
             step += 1
             now = time.monotonic()
             sums = [a + b for a, b in zip(sums, (*losses, now - clock))]
-            clock = now
             bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {optimizer.param_groups[0]['lr']:.1e}, "
-                                f"{100 * waited / (now - began):.0f} % waiting for clips", False)
+                                f"{100 * waited / sums[3]:.0f} % waiting for clips", False)
 
             # once per epoch: log, and evaluate
             if step % per_epoch == 0:
@@ -390,30 +413,30 @@ def train(model, split, args, tests={}):
                 for name, value in zip(("loss", "contrastive", "motion"), sums):
                     row[name] = value / per_epoch
                 if args.eval_every and row["epoch"] % args.eval_every == 0 and step < total:
-                    for name, test in tests.items():
-                        result = evaluate(model, test, args)
-                        row.update({f"{name} {key}": result[key] for key in ("top1", "top5")})
-                rows, sums = [*rows, row], [0.0] * 4
+                    for name, test in (tests or {}).items():
+                        row.update(columns(name, evaluate(model, test, args)))
+                rows, sums, waited = [*rows, row], [0.0] * 4, 0.0
                 write_csv(out / "log.csv", rows)
-                clock = time.monotonic()
 
             # once in a while: save
             if step % per_epoch == 0 or stopped or now - saved_at > SAVE_SECONDS:
-                if not all(p.isfinite().all() for p in new.values()):
+                # the update of this step may have broken what its loss did not show
+                if not all(p.isfinite().all() for p in weights.values()):
                     raise ArithmeticError(f"step {step}: the weights are no longer finite, and not "
                                           "saved; a lower --lr may help")
-                checkpoint = {**run, "step": step, "rows": rows, "sums": sums,
-                              "state_dict": {name: p.detach() for name, p in new.items()},
+                checkpoint = {**identity, "step": step, "rows": rows, "sums": sums,
+                              "state_dict": {name: p.detach() for name, p in weights.items()},
                               "optimizer": optimizer.state_dict()}
                 write(out / "last.pt", lambda file: torch.save(checkpoint, file))
                 saved_at = now
             if stopped:
                 raise KeyboardInterrupt(f"stopped; step {step} of {total} is saved: the same "
                                         "command with --resume goes on")
+            clock = time.monotonic()
     return rows
 
 
-def run(args, split, tests, command):
+def run(args, split, tests, command=""):
     """One run, as the flags say: train on a Split, unless --eval-only, and evaluate on {name: Split}.
 
     Returns what results.json in --out holds. Predictions lie beside it or, if there are several
@@ -422,11 +445,14 @@ def run(args, split, tests, command):
     out = Path(args.out)
     if not args.resume and any((out / f).exists() for f in ("last.pt", "log.csv", "results.json")):
         raise ValueError(f"{out}: holds a run; --resume continues it, another --out starts one")
+    if args.resume and args.eval_only and (out / "last.pt").exists():
+        raise ValueError(f"{out}: holds a training run, which --eval-only would write over")
     model = build_model(args)
     trainable = sum(p.numel() for p in trained(model).values())
-    if not args.eval_only and not (trainable and split.clips):
-        raise ValueError(f"{split.root}: no training clips" if trainable else
-                         "nothing to train: no prompts, no adapters, no --tune all")
+    if not (trainable or args.eval_only):
+        raise ValueError("nothing to train: no prompts, no adapters, no --tune all")
+    if not (args.eval_only or split.clips):
+        raise ValueError(f"{split.root}: no training clips")
     for test in tests.values():  # a bad text is to show now, not after hours
         tokens_of(test.classes, args, model.config.context_length)
     out.mkdir(parents=True, exist_ok=True)
@@ -442,7 +468,7 @@ def run(args, split, tests, command):
               f"n = {result['n']}, {result['classes']} classes", flush=True)
         results[name] = result
         if rows:
-            rows[-1].update({f"{name} {key}": result[key] for key in ("top1", "top5")})
+            rows[-1].update(columns(name, result))
             write_csv(out / "log.csv", rows)
     seconds = sum(row["seconds"] for row in rows)
     return write_results(args, command, trainable=trainable, seconds=round(seconds, 1),
