@@ -1117,7 +1117,8 @@ def test_a_second_ctrl_c_ends_at_once():
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-START = ("import sys, data, train; train.SAVE_SECONDS = 0;"
+START = ("import sys, torch, data, train; train.SAVE_SECONDS = 0;"
+         "torch.set_num_threads(1);"  # as here: other numbers of threads round otherwise
          "data.command(lambda: train.main(sys.argv[1:]))")
 
 
