@@ -311,9 +311,9 @@ def _by_list(root, folders, path, names, allow_missing):
             raise ValueError(f"{where}: {clip} is {listed}, {name}, but was {', '.join(before)}")
         clips[clip] = listed, name
     report_missing(path, missing, len(entries), allow_missing)
-    classes = list(names.values())
-    pairs = [(clip, classes.index(name)) for clip, (_, name) in clips.items()]
-    return Split(root, classes, pairs, Path(path).name)
+    position = {name: k for k, name in enumerate(names.values())}
+    pairs = [(clip, position[name]) for clip, (_, name) in clips.items()]
+    return Split(root, list(position), pairs, Path(path).name)
 
 
 def report_missing(path, missing, count, allow_missing):

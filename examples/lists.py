@@ -24,13 +24,6 @@ import train
 
 # ---- files as data sets have them; a row is (file:line, clip, number or name of its class) ----
 
-def lines_of(path):
-    """Yield (file:line, line) for each line that is not blank."""
-    for number, line in enumerate(data.read_text(path).split("\n"), 1):
-        if line.strip():
-            yield f"{path}:{number}", line.strip()
-
-
 def read_json(path):
     try:
         return json.loads(data.read_text(path))
@@ -39,7 +32,7 @@ def read_json(path):
 
 
 def ucf101(path, split):
-    for where, line in lines_of(path):
+    for where, line in data.read_lines(path):
         row = re.fullmatch(r"(([^/]+)/\S+)(?:\s+(\d+))?", line)
         if not row:
             raise ValueError(f"{where}: expected <class>/<clip> [<label>], not {line!r}")
@@ -49,7 +42,7 @@ def ucf101(path, split):
 def hmdb51(path, split):
     name = path.name.rpartition("_test_split")[0]
     wanted = {"train": "1", "test": "2"}[split]  # 0 is for clips that are not used
-    for where, line in lines_of(path):
+    for where, line in data.read_lines(path):
         row = re.fullmatch(r"(.+?)\s+([012])", line)
         if not row:
             raise ValueError(f"{where}: expected <clip> and 0, 1 or 2, not {line!r}")
@@ -82,7 +75,7 @@ def json_list(path, split):
 
 
 def path_label(path, split):
-    for where, line in lines_of(path):
+    for where, line in data.read_lines(path):
         separator = re.search("[;,]|$", line)[0] or " "
         cells = next(csv.reader([line], delimiter=separator))
         if len(cells) != 2 or not all(cells):
