@@ -25,7 +25,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tv
 
 IMAGES = (".jpg", ".jpeg", ".png")
@@ -80,16 +80,16 @@ def read_labels(path):
     entries = [re.fullmatch(r"(\d+)\s*[,\s]\s*(.+)", line) for _, line in lines]
     # names may begin with a number too (360 flip): it is the class's where half of the lines do
     numbered = 2 * sum(map(bool, entries)) >= len(lines)
-    if numbered and not any(entries[:1]):  # a header
-        del lines[:1], entries[:1]
     names = {}
-    for (where, line), entry in zip(lines, entries):
-        number, name = len(names), line
-        if numbered and not entry:
+    for i, (where, line) in enumerate(lines):
+        number, name = i, line
+        if numbered and entries[i]:
+            number = int(entries[i][1])
+            name = ",".join(next(csv.reader([entries[i][2]])))  # commas may stand without quotes
+        elif numbered and i == 0:
+            continue  # a header
+        elif numbered:
             raise ValueError(f"{where}: expected id,name and not {line!r}")
-        if numbered:
-            number = int(entry[1])
-            name = ",".join(next(csv.reader([entry[2]])))  # commas may stand without quotes
         if number in names or name in names.values():
             raise ValueError(f"{where}: {line!r} has a number or a name for the second time")
         names[number] = name
@@ -129,10 +129,10 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
     """Find the clips below `root`: a training and a test Split. `whole`: all clips are for testing.
 
     Lists have lines `<clip> [<number of frames>] <label>`, as EZ-CLIP, TSN, ActionCLIP and
-    mmaction2 have them; `labels` (see `read_labels`) names their numbers, `match_clips` finds their
-    clips. Without lists class folders are the classes, and clips are split as in `_test_clips`.
-    Raises OSError or ValueError that names the folder, or list and line, and for clips without a
-    folder unless `allow_missing`.
+    mmaction2 have them, and `labels` names their numbers, see `clip_finder` and `read_labels`.
+    Without lists class folders are the classes, and `test_clips` splits. Raises OSError or
+    ValueError that names the folder, or list and line, and for clips without a folder unless
+    `allow_missing`.
     """
     root = Path(root)
     folders = clip_folders(root)
@@ -140,24 +140,38 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
         if not labels:
             raise ValueError(f"{train_list or test_list}: the numbers of lists need --labels")
         names = read_labels(labels)
-        train = _by_list(root, folders, train_list, names, allow_missing)
-        test = _by_list(root, folders, test_list, names, allow_missing)
+        classes = list(names.values())
+        train = read_list(train_list, folders, names, allow_missing)
+        test = read_list(test_list, folders, names, allow_missing)
+        sources = [Path(path or "no list").name for path in (train_list, test_list)]
     elif labels:
         raise ValueError(f"{labels}: --labels goes with --train-list or --test-list")
+    elif "/" not in folders[0]:
+        raise ValueError(f"{root}: clips without class folders, as {folders[0]}, need --train-list "
+                         "or --test-list, and --labels")
     else:
-        train, test = _by_folders(root, folders, whole)
+        chosen, source = (set(folders), "all clips") if whole else test_clips(folders)
+        sources = [source, source]
+        train, test = {}, {}
+        for folder in folders:
+            part = test if folder in chosen else train
+            part[folder] = class_folder(folder)
+        classes = sorted({*train.values(), *test.values()})
 
-    sources = dict.fromkeys([train.source, test.source])
-    print(f"{root}: {len(train.classes)} classes, {len(train.clips)} training and "
-          f"{len(test.clips)} test clips ({', '.join(sources)})")
-    both = dict(train.clips).keys() & dict(test.clips).keys()
-    if both:
-        print(f"warning: {len(both)} test clips are training clips too", file=sys.stderr)
-    # broken data is to show now, not after hours: a clip of each class is tried
-    for split in (train, test):
-        for clip in {label: clip for clip, label in split.clips}.values():
+    position = {name: k for k, name in enumerate(classes)}
+    splits = []
+    for part, source in zip((train, test), sources):
+        clips = [(clip, position[name]) for clip, name in part.items()]
+        splits.append(Split(root, classes, clips, source))
+        # broken data is to show now, not after hours: a clip of each class is tried
+        for clip in {name: clip for clip, name in part.items()}.values():
             read_frame(root / clip / frame_names(root / clip)[0])
-    return train, test
+    print(f"{root}: {len(classes)} classes, {len(train)} training and {len(test)} test clips "
+          f"({', '.join(dict.fromkeys(sources))})")
+    if train.keys() & test.keys():
+        print(f"warning: {len(train.keys() & test.keys())} test clips are training clips too",
+              file=sys.stderr)
+    return splits
 
 
 def clip_folders(root):
@@ -170,8 +184,7 @@ def clip_folders(root):
     # the first folder that is not empty tells: a class may be called training dog
     levels = 2 if any("train" in name.lower() for name in clips) else 1
     for _ in range(levels):
-        filled = filter(os.listdir, map(root.joinpath, clips))
-        first = next(filled, None)
+        first = next(filter(os.listdir, map(root.joinpath, clips)), None)
         if first and any(map(_is_frame, os.listdir(first))):
             break
         clips = [f"{folder}/{name}" for folder in clips for name in _folders(root / folder)]
@@ -185,42 +198,23 @@ def _folders(path):
         return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
-def _by_folders(root, folders, whole):
-    """-> the training and the test Split of clips in class folders."""
-    if "/" not in folders[0]:
-        raise ValueError(f"{root}: clips without class folders, as {folders[0]}, need --train-list "
-                         "or --test-list, and --labels")
-    names = [folder.split("/")[-2] for folder in folders]
-    classes = sorted(set(names))
-    position = {name: k for k, name in enumerate(classes)}
-    chosen, source = set(folders), "all clips"
-    if not whole:
-        chosen, source = _test_clips(folders, names)
-    train, test = [], []
-    for folder, name in zip(folders, names):
-        part = test if folder in chosen else train
-        part.append((folder, position[name]))
-    return Split(root, classes, train, source), Split(root, classes, test, source)
+def class_folder(clip):
+    """The name of the folder that a clip lies in, "" if there is none."""
+    return Path(clip).parent.name
 
 
-def _test_clips(folders, names):
+def test_clips(folders):
     """-> the clips to test where no list tells, and the rule: a folder train beside others; names
     of UCF101; or of each class the max(1, n // 5) with the smallest hash, never its only clip."""
-    test, ranked = set(), {}
     if folders[0].count("/") == 2:
-        for folder in folders:
-            if "train" not in folder.split("/")[0].lower():
-                test.add(folder)
-        return test, "by the folder train"
-    ucf101 = re.compile(r".+/v_[^/]+_g(\d+)_c\d+(\.avi)?")
-    if all(map(ucf101.fullmatch, folders)):
-        for folder in folders:
-            if int(ucf101.fullmatch(folder)[1]) <= 7:
-                test.add(folder)
-        return test, "split 1 of UCF101"
-    class_of = dict(zip(folders, names))
+        others = {f for f in folders if "train" not in f.split("/")[0].lower()}
+        return others, "by the folder train"
+    ucf101 = [re.fullmatch(r".+/v_[^/]+_g(\d+)_c\d+(\.avi)?", folder) for folder in folders]
+    if all(ucf101):
+        return {clip[0] for clip in ucf101 if int(clip[1]) <= 7}, "split 1 of UCF101"
+    ranked, test = {}, set()
     for folder in sorted(folders, key=name_hash):
-        ranked.setdefault(class_of[folder], []).append(folder)
+        ranked.setdefault(class_folder(folder), []).append(folder)
     for clips in ranked.values():
         if len(clips) > 1:
             test.update(clips[:max(1, len(clips) // 5)])
@@ -233,101 +227,92 @@ def name_hash(clip, salt=""):
     return hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def match_clips(folders, listed):
-    """For each listed path the folders that it may mean: [], the one, or several that fit alike.
+def clip_finder(folders, listed):
+    """-> a function from one of the listed paths to the folders that it may mean: [], one, several.
 
-    Lists hold somebody else's paths: the longest tail counts that is here, in any case, without
-    the suffix of a video (UCF101 writes HandstandPushups in two ways). Where parents in the list
-    are class folders here, a clip is found in its own class only.
+    Lists hold somebody else's paths. The name counts, in any case and without a video's suffix,
+    and the class folder before it if lists have class folders; where that leaves several, those
+    that are spelled as in the list, on their whole way below the root.
     """
-    tails, classes = {}, set()
-    for folder in folders:  # brush hair/clip and clip, for example, of Brush_Hair/clip.avi
-        words = _words(folder)
-        classes.update(words[-2:-1])
-        for n in range(len(words)):
-            tails.setdefault(words[n:], []).append(folder)
-    paths = [_words(path) for path in listed]
-    parents = {word for words in paths for word in words[-2:-1]}
-    least = 1 if classes.isdisjoint(parents) else 2
+    def key(path):
+        *parents, name = path.replace("\\", "/").strip("/").split("/")
+        stem, suffix = os.path.splitext(name.lower())
+        if suffix not in VIDEOS:
+            stem += suffix
+        return class_text("".join(parents[-1:])), stem
 
-    matches = []
-    for path, words in zip(listed, paths):
-        fitting = []
-        for n in range(min(least, len(words)), len(words) + 1):
-            fitting = tails.get(words[-n:], fitting)
-        # of several the one whose class, and then whose name, is spelled as in the list
-        names = path.replace("\\", "/").split("/")
-        for part in (slice(-2, -1), slice(-1, None)):
-            if len(fitting) > 1:
-                spelled = [f for f in fitting if f.split("/")[part] == names[part]]
-                fitting = spelled or fitting
-        matches.append(fitting)
-    return matches
+    known, classes = {}, set()
+    for folder in folders:
+        parent, name = key(folder)
+        known.setdefault(("", name), []).append(folder)
+        if parent:
+            known.setdefault((parent, name), []).append(folder)
+            classes.add(parent)
+    has_classes = not classes.isdisjoint(key(path)[0] for path in listed)
 
-
-def _words(path):
-    """The last three parts of a path, as deep as clips lie, in the form in which they compare."""
-    *parents, name = re.split(r"[/\\]+", path.strip("/\\"))[-3:]
-    stem, suffix = os.path.splitext(name.lower())
-    if suffix not in VIDEOS:
-        stem += suffix
-    return (*map(class_text, parents), stem)
+    def find(path):
+        parent, name = key(path)
+        if not has_classes:
+            parent = ""
+        found = known.get((parent, name), [])
+        stem, suffix = os.path.splitext(path.replace("\\", "/"))
+        spelled = [f for f in found if f"/{stem}{suffix}".endswith((f"/{f}", f"/{f}{suffix}"))]
+        return spelled or found
+    return find
 
 
-def _by_list(root, folders, path, names, allow_missing):
-    """-> the Split of a list, see `index_frames`; without clips if there is none."""
+def match_clips(source, rows, names, find, allow_missing):
+    """-> {folder: class name} for a list's rows (<file>:<line>, clip, class name), of all `names`.
+
+    `find` gives the folders of a clip. ValueError names a clip with several, one in another class,
+    and, unless `allow_missing`, those with none.
+    """
+    known = set(map(class_text, names))
+    clips, first, missing = {}, {}, []
+    for where, listed, name in rows:
+        found = find(listed)
+        if not found:
+            missing.append(listed)
+            continue
+        clip = found[0]
+        if len(found) > 1:
+            raise ValueError(f"{where}: {listed} fits all of {', '.join(found)}")
+        folder = class_folder(clip)
+        if class_text(folder) in known and class_text(folder) != class_text(name):
+            raise ValueError(f"{where}: {clip} is {name} by its label, but lies in {folder}")
+        if first.setdefault(clip, (listed, name)) != (listed, name):
+            raise ValueError(f"{where}: {clip} would be {listed} of {name}, and was "
+                             f"{' of '.join(first[clip])}")
+        clips[clip] = name
+
+    named = ", ".join(missing[:10] + ["..."] * (len(missing) > 10))
+    problem = f"{source}: {len(missing)} of {len(rows)} clips have no folder: {named}"
+    if not clips:
+        raise ValueError(f"{problem}; is it the right folder?" if rows else f"{source}: names no clips")
+    if missing and not allow_missing:
+        raise ValueError(f"{problem}; --allow-missing leaves out what is missing")
+    if missing:
+        print(f"warning: {problem}", file=sys.stderr)
+    return clips
+
+
+def read_list(path, folders, names, allow_missing):
+    """-> {folder: class name} of the clips in a list, for `names` of its labels; {} without a list."""
     if not path:
-        return Split(root, list(names.values()), [], "no list")
-    entries, paths = [], []
+        return {}
+    rows = []
     for where, line in read_lines(path):
         entry = re.fullmatch(r"(.*\S)\s+(\d+)", line)
         if not entry:
             raise ValueError(f"{where}: expected <clip> [<number of frames>] <label>, not {line!r}")
         if int(entry[2]) not in names:
             raise ValueError(f"{where}: label {entry[2]} has no name in --labels")
-        # names may end with a number too: a line is read with it and, if that is no clip, without
-        listed, short = entry[1], re.sub(r"\s+\d+$", "", entry[1])
-        entries.append((where, listed, short, names[int(entry[2])]))
-        paths += {listed, short}
-    matches = dict(zip(paths, match_clips(folders, paths)))
-
-    # each clip has one folder, which no other clip has, and which lies in no other class
-    known = set(map(class_text, names.values()))
-    clips, missing = {}, []
-    for where, listed, short, name in entries:
-        listed = listed if matches[listed] else short
-        fitting = matches[listed]
-        if len(fitting) > 1:
-            raise ValueError(f"{where}: {listed} fits all of {', '.join(fitting)}")
-        if not fitting:
-            missing.append(listed)
-            continue
-        clip, = fitting
-        folder = Path(clip).parent.name
-        if class_text(folder) in known and class_text(folder) != class_text(name):
-            raise ValueError(f"{where}: {clip} is {name} by its label, but lies in {folder}")
-        before = clips.get(clip, (listed, name))
-        if before != (listed, name):
-            raise ValueError(f"{where}: {clip} is {listed}, {name}, but was {', '.join(before)}")
-        clips[clip] = listed, name
-    report_missing(path, missing, len(entries), allow_missing)
-    position = {name: k for k, name in enumerate(names.values())}
-    pairs = [(clip, position[name]) for clip, (_, name) in clips.items()]
-    return Split(root, list(position), pairs, Path(path).name)
-
-
-def report_missing(path, missing, count, allow_missing):
-    """Name the clips of a list that have no folder: a ValueError, unless some may be missing."""
-    if not count:
-        raise ValueError(f"{path}: names no clips")
-    if missing:
-        named = ", ".join(missing[:10] + ["..."] * (len(missing) > 10))
-        problem = f"{path}: {len(missing)} of {count} clips have no folder: {named}"
-        if len(missing) == count:
-            raise ValueError(f"{problem}; is it the right folder?")
-        if not allow_missing:
-            raise ValueError(f"{problem}; --allow-missing leaves out what is missing")
-        print(f"warning: {problem}", file=sys.stderr)
+        rows.append((where, entry[1], names[int(entry[2])]))
+    find = clip_finder(folders, [clip for _, clip, _ in rows])
+    for i, (where, clip, name) in enumerate(rows):
+        if not find(clip):  # names may end with a number too: only now it is one of frames
+            rows[i] = where, re.sub(r"\s+\d+$", "", clip), name
+    return match_clips(path, rows, names.values(), find, allow_missing)
 
 
 # ---- from a clip's folder to pixels ----
@@ -335,20 +320,19 @@ def report_missing(path, missing, count, allow_missing):
 def frame_names(folder):
     """The RGB frames of a folder in natural order, as a file manager shows them: every number in a
     name counts as one. Optical flow is left out. ValueError if there are none."""
+    def natural(name):  # with zeros in front numbers are in order as text
+        stem = os.path.splitext(name)[0]
+        return re.sub(r"\d+", lambda number: number[0].zfill(30), stem), name
+
     names = [name for name in os.listdir(folder) if _is_frame(name)]
     if not names:
         raise ValueError(f"{folder}: holds no frames")
-    return sorted(names, key=_natural)
+    return sorted(names, key=natural)
 
 
 def _is_frame(name):
     name = name.lower()
     return name.endswith(IMAGES) and not name.startswith(NO_FRAMES)
-
-
-def _natural(name):
-    # with zeros in front numbers are in order as text
-    return re.sub(r"\d+", lambda number: number[0].zfill(30), os.path.splitext(name)[0]), name
 
 
 def read_frame(path, size=None, crop=None):
@@ -469,8 +453,7 @@ class Clips(Dataset):
     """The clips of a Split as (uint8 (T, 3, S, S), label, index).
 
     A key is (epoch, index): all that is random is a function of (seed, epoch, index). `train`
-    samples frames at random, `augment` also crops, colours and, with `flip`, mirrors. What goes
-    wrong in a worker process is returned rather than raised, so that it arrives as one line.
+    samples frames at random, `augment` also crops, colours and, with `flip`, mirrors.
     """
 
     def __init__(self, split, num_frames, image_size, train=False, augment=False, flip=False,
@@ -485,20 +468,15 @@ class Clips(Dataset):
     def __getitem__(self, key):
         epoch, index = key
         clip, label = self.split.clips[index]
-        rng = None
-        if self.train:
-            rng = np.random.default_rng((self.seed, epoch, index))
-        try:
-            return self.load(self.split.root / clip, rng=rng), label, index
-        except (OSError, ValueError) as error:
-            return error
+        rng = np.random.default_rng((self.seed, epoch, index)) if self.train else None
+        return self.load(self.split.root / clip, rng=rng), label, index
 
 
-def _collate(samples):
-    for sample in samples:
-        if isinstance(sample, Exception):
-            return sample
-    return default_collate(samples)
+def loader(clips, batches, workers, pin_memory=False):
+    """Videos (B, T, 3, S, S) uint8, labels (B,) and indices (B,) for each of `batches`, lists of
+    keys of a Clips; an iterable."""
+    return DataLoader(clips, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory,
+                      worker_init_fn=_start_worker)
 
 
 def _start_worker(_):
@@ -507,16 +485,6 @@ def _start_worker(_):
     # signal that PyTorch would take for a crash.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-
-
-def loader(clips, batches, workers, pin_memory=False):
-    """Yield videos (B, T, 3, S, S) uint8, labels (B,) and indices (B,) for each of `batches`, lists
-    of keys; a bad frame is a ValueError."""
-    for batch in DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=_collate,
-                            pin_memory=pin_memory, worker_init_fn=_start_worker):
-        if isinstance(batch, Exception):
-            raise ValueError(str(batch))
-        yield batch
 
 
 # ---- command lines ----
@@ -542,11 +510,11 @@ def command(main):
         return main()
     except KeyboardInterrupt as error:
         status, text = 130, str(error) or "stopped"
-    except (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError) as error:
+    except Exception as error:
         status, text = 2, str(error)
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):  # one was killed; all else is somebody's bug
-            raise
-        status, text = 2, str(error)
+        if "DataLoader worker" in text:  # what it raised, behind its traceback, or what ended it
+            text = re.sub(r"^\w+: ", "", text.strip().split("\n")[-1])
+        elif not isinstance(error, (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError)):
+            raise  # somebody's bug
     print("error:", " ".join(text.split()), file=sys.stderr)
     sys.exit(status)

@@ -274,10 +274,9 @@ class EZCLIP(nn.Module):
         self.ln_final = nn.LayerNorm(width)
         self.text_projection = nn.Parameter(torch.empty(width, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        if not self.logit_scale.is_meta:  # where normal_() would take a second, for its imports
-            self._initialise()
+        self.initialise()
 
-    def _initialise(self):
+    def initialise(self):
         """CLIP's initialisation; the new modules have initialised themselves."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
@@ -390,13 +389,9 @@ class EZCLIP(nn.Module):
             raise ValueError(f"{file.path}: holds its own CLIP, leave `clip` out")
         else:
             try:
-                config = Config(**settings)
-                with torch.device("meta"):  # what a file claims takes no memory until it is checked
-                    blank = cls(config)
-            except ValueError as error:
+                model = cls(Config(**settings))
+            except (ValueError, RuntimeError) as error:  # sizes that no model has, or no memory
                 raise ValueError(f"{file.path}: {error}") from None
-            file.load(blank)
-            model = cls(config)
             model.weights_path, model.weights_sha256 = str(name_or_path), file.sha256
         file.load(model)
         model.weights_adapted = file.adapted

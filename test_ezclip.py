@@ -844,8 +844,8 @@ def test_lists_of_others(tmp_path, layout, text):
         assert split.clips == [(clips[0], 0), (clips[2], 1)]
     empty, test = data.index_frames(root, None, tmp_path / "list.txt", tmp_path / "labels.csv")
     assert empty.clips == [] and test.clips == split.clips
-    found = data.match_clips(clips, ["x/HandstandPushups/v_HandstandPushups_g01_c01.avi"])
-    assert found == [[clips[1]]]  # as UCF101 writes it in two ways
+    listed_path = "x/HandstandPushups/v_HandstandPushups_g01_c01.avi"
+    assert data.clip_finder(clips, [listed_path])(listed_path) == [clips[1]]  # two ways of UCF101
 
 
 def test_lists_of_clips_with_odd_names(tmp_path):
@@ -871,7 +871,7 @@ def test_lists_of_clips_with_odd_names(tmp_path):
     ("clip1 5 0", ":2: clip1 fits all of Archery/clip1, Baby"),
     ("Archery/clip1 5 2", ":2: label 2 has no name"),
     ("Archery/clip0 5 1", ":2: Archery/clip0 is Baby"),
-    ("archery/clip0.avi 5 0", ":2: Archery/clip0 is archery/clip0.avi, Archery, but was Archery"),
+    ("archery/clip0.avi 5 0", ":2: Archery/clip0 would be archery/clip0.avi of Archery, and was Archery/clip0 of Archery"),
     ("\nBabyCrawling/clip1 5 0", ":3: BabyCrawling/clip1 is Archery by its label, but lies")])
 def test_bad_list_lines_are_named(tmp_path, line, word):
     root = frames_folder(tmp_path / "frames", clips=3)

@@ -285,6 +285,17 @@ def learning_rate(step, warmup, total):
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
 
 
+def make_optimizer(weights, args):
+    """AdamW, with CLIP's settings; prompts may have a learning rate of their own."""
+    prompts, others = [], []
+    for name, parameter in weights.items():
+        group = prompts if "prompts" in name else others
+        group.append(parameter)
+    prompt_lr = args.lr if args.prompt_lr is None else args.prompt_lr
+    groups = [{"params": others, "peak": args.lr}, {"params": prompts, "peak": prompt_lr}]
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, weight_decay=args.weight_decay)
+
+
 @contextlib.contextmanager
 def stop_signals():
     """Within it Ctrl-C and SIGTERM only fill a list; a second Ctrl-C ends at once."""
@@ -349,14 +360,7 @@ def train(model, split, args, tests=None):
     per_epoch = max(1, len(clips) // args.batch_size)
     total = args.epochs * per_epoch
     warmup = min(args.warmup_epochs * per_epoch, total / 10)
-    # prompts may have a learning rate of their own
-    groups = [{"params": [], "peak": args.lr}, {"params": [], "peak": args.prompt_lr}]
-    if args.prompt_lr is None:
-        groups[1]["peak"] = args.lr
-    for name, parameter in weights.items():
-        groups["prompts" in name]["params"].append(parameter)
-    optimizer = torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8,
-                                  weight_decay=args.weight_decay)
+    optimizer = make_optimizer(weights, args)
 
     # what last.pt holds beside weights and optimizer
     digest = hashlib.sha256(repr(clips).encode() + tokens.numpy().tobytes()).hexdigest()

@@ -157,8 +157,8 @@ def read_dataset(dataset, paths, labels):
     return dict(enumerate(sorted(names))), splits
 
 
-def match_kinetics(folders, listed):
-    """As `data.match_clips`, by names <id>_<start>_<end> with ids in their own case; else by the id
+def kinetics_finder(folders, listed):
+    """As `data.clip_finder`, by names <id>_<start>_<end> with ids in their own case; else by the id
     alone, among clips whose times no name in the list has."""
     times = re.compile(r"_\d+_\d+$")
     named, wanted = {}, set(listed)
@@ -166,39 +166,23 @@ def match_kinetics(folders, listed):
         name = Path(folder).stem  # of a folder that is called like a video
         key = name if name in wanted else times.sub("", name)
         named.setdefault(key, []).append(folder)
-    return [named.get(clip) or named.get(times.sub("", clip), []) for clip in listed]
+    return lambda clip: named.get(clip) or named.get(times.sub("", clip), [])
 
 
-def convert(names, splits, folders, match, allow_missing):
-    """-> {split: {folder: number of its class}}."""
-    numbers = dict(zip(names.values(), names))
-    numbers.update(zip(map(str, names), names))  # labels are names or numbers
-    taken, lists = {}, {}
-    for split, (source, rows) in splits.items():
-        clips, missing = {}, []
-        matches = match(folders, [clip for _, clip, _ in rows])
-        for (where, clip, label), fitting in zip(rows, matches):
-            try:
-                number = numbers[data.find_name(label, numbers)]
-            except KeyError:
-                raise ValueError(f"{where}: label {label} has no name; see --labels") from None
-            except ValueError as error:
-                raise ValueError(f"{where}: {error}") from None
-            if not fitting:
-                missing.append(clip)
-                continue
-            if len(fitting) > 1:
-                raise ValueError(f"{where}: {clip} fits all of {', '.join(fitting)}")
-            folder, = fitting
-            if taken.get(folder, clip) != clip:
-                raise ValueError(f"{where}: {clip} and {taken[folder]} would both be {folder}")
-            if clips.get(folder, number) != number:
-                raise ValueError(f"{where}: {clip} had another label before")
-            taken[folder] = clip
-            clips[folder] = number
-        data.report_missing(source, missing, len(rows), allow_missing)
-        lists[split] = clips
-    return lists
+def name_labels(rows, names):
+    """Rows (<file>:<line>, clip, label) with class names for labels, which are names or numbers."""
+    named = []
+    for where, clip, label in rows:
+        try:
+            name = data.find_name(label, names.values())
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+        if name is None and label.isdecimal():
+            name = names.get(int(label))
+        if name is None:
+            raise ValueError(f"{where}: label {label} has no name; see --labels")
+        named.append((where, clip, name))
+    return named
 
 
 def main(argv=None):
@@ -212,15 +196,21 @@ def main(argv=None):
     parser.add_argument("--allow-missing", action="store_true", help="leave out missing clips")
     args = parser.parse_args(argv)
     names, splits = read_dataset(args.dataset, args.annotations, args.labels)
-    match = match_kinetics if args.dataset == "kinetics" else data.match_clips
-    lists = convert(names, splits, data.clip_folders(args.frames), match, args.allow_missing)
+    folders = data.clip_folders(args.frames)
+    finder = kinetics_finder if args.dataset == "kinetics" else data.clip_finder
+    lists = {}
+    for split, (source, rows) in splits.items():
+        find = finder(folders, [clip for _, clip, _ in rows])
+        rows = name_labels(rows, names)
+        lists[split] = data.match_clips(source, rows, names.values(), find, args.allow_missing)
 
     args.out.mkdir(parents=True, exist_ok=True)
-    table = [{"id": number, "name": name} for number, name in names.items()]
+    numbers = {name: number for number, name in names.items()}
+    table = [{"id": number, "name": name} for name, number in numbers.items()]
     train.write_csv(args.out / "labels.csv", table)
     command = ["python", "train.py", "--data", args.frames]
     for split, clips in lists.items():
-        text = "".join(f"{folder} {number}\n" for folder, number in clips.items())
+        text = "".join(f"{folder} {numbers[name]}\n" for folder, name in clips.items())
         path = args.out / f"{split}.txt"
         train.write(path, lambda file: file.write(text.encode("utf-8", "surrogateescape")))
         print(f"{path}: {len(clips)} clips of {len(set(clips.values()))} classes")
