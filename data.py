@@ -19,6 +19,7 @@ import os
 import re
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
@@ -506,6 +507,7 @@ def at_least(minimum, kind=int):
 
 def command(main):
     """Run a program's main(); what is wrong with its input is one line and exit status 2."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         return main()
     except KeyboardInterrupt as error:

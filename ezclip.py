@@ -29,10 +29,12 @@ load without a table of names.
 
 import hashlib
 import io
+import json
 import math
 import os
 import pickle
 import re
+import warnings
 import zipfile
 from collections import OrderedDict
 from dataclasses import dataclass, fields
@@ -52,20 +54,25 @@ class Config:
     """Sizes and switches of a model; the defaults are ViT-B/16 with the paper's settings.
 
     prompts: "deep" (in every layer), "shallow" (in layer 0) or "none"; with "none" and fresh
-    adapters the model is CLIP, frame by frame. activation: "quick_gelu", or "gelu" for open_clip's
-    models whose names lack -quickgelu (no weight tells). The rates are those of the last layer and
-    grow linearly from 0 in the first, but for prompt_dropout. Raises ValueError for a bad value.
+    adapters the model is CLIP, frame by frame. The rates are those of the last layer and grow
+    linearly from 0 in the first, but for prompt_dropout. Raises ValueError for a bad value.
     """
     embed_dim: int = 512
     image_size: int = 224
     patch_size: int = 16
-    vision_width: int = 768         # heads are width / 64, in both towers
+    vision_width: int = 768
     vision_layers: int = 12
+    vision_heads: int = None        # width / 64, as in all of OpenAI's models
+    vision_mlp_width: int = None    # 4 * width
     context_length: int = 77
     vocab_size: int = 49408
     text_width: int = 512
     text_layers: int = 12
-    activation: str = "quick_gelu"
+    text_heads: int = None
+    text_mlp_width: int = None
+    activation: str = None          # "quick_gelu", OpenAI's, also for None; or "gelu"
+    mean: tuple = CLIP_MEAN         # of RGB in [0, 1]
+    std: tuple = CLIP_STD
     num_frames: int = 8
     prompts: str = "deep"
     adapters: bool = True
@@ -79,12 +86,18 @@ class Config:
         choices = {"activation": ("quick_gelu", "gelu"), "prompts": ("deep", "shallow", "none")}
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
             if field.type is int and not (isinstance(value, int) and value >= 1):
                 raise ValueError(f"{field.name} must be an integer from 1 on, not {value!r}")
             if field.type is float and not 0 <= value < 1:
                 raise ValueError(f"{field.name} must lie in [0, 1), not {value}")
             if field.type is str and value not in choices[field.name]:
                 raise ValueError(f"{field.name} is one of {choices[field.name]}, not {value!r}")
+            if field.type is tuple and not (len(value) == 3 and all(0 <= x <= 1 for x in value)):
+                raise ValueError(f"{field.name} has three numbers in [0, 1], not {value}")
+        if 0 in self.std:
+            raise ValueError("std must not be 0")
         if self.image_size % self.patch_size:
             raise ValueError(f"image_size {self.image_size} is no multiple of patch_size")
 
@@ -100,14 +113,14 @@ class QuickGELU(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention. Its parameters are those of nn.MultiheadAttention, as CLIP has them."""
 
-    def __init__(self, width, dropout, causal):
+    def __init__(self, width, heads, dropout, causal):
         super().__init__()
-        self.heads = max(1, width // 64)
-        if width % self.heads:
-            raise ValueError(f"width {width} is no multiple of its {self.heads} heads")
+        if width % heads:
+            raise ValueError(f"width {width} is no multiple of its {heads} heads")
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
+        self.heads = heads
         self.dropout = dropout
         self.causal = causal
 
@@ -141,14 +154,14 @@ class Adapter(nn.Module):
 class Block(nn.Module):
     """CLIP's block with the temporal prompt before its attention and the adapter after it."""
 
-    def __init__(self, width, config, causal, depth):  # depth: 0 in the first layer, 1 in the last
-        super().__init__()
-        self.attn = Attention(width, depth * config.attention_dropout, causal)
+    def __init__(self, width, heads, mlp_width, config, causal, depth):
+        super().__init__()  # depth: 0 in the first layer, 1 in the last
+        self.attn = Attention(width, heads, depth * config.attention_dropout, causal)
         self.ln_1 = nn.LayerNorm(width)
         self.mlp = nn.Sequential(OrderedDict(
-            c_fc=nn.Linear(width, 4 * width),
-            gelu=QuickGELU() if config.activation == "quick_gelu" else nn.GELU(),
-            c_proj=nn.Linear(4 * width, width)))
+            c_fc=nn.Linear(width, mlp_width),
+            gelu=nn.GELU() if config.activation == "gelu" else QuickGELU(),
+            c_proj=nn.Linear(mlp_width, width)))
         self.ln_2 = nn.LayerNorm(width)
         self.adapter = Adapter(width) if config.adapters else None
         self.temporal_adapter = Adapter(width) if config.temporal_adapter and not causal else None
@@ -198,10 +211,14 @@ class Block(nn.Module):
 class Transformer(nn.Module):
     """The blocks of a tower and its temporal prompts: (layers, T, D), (1, T, D) or None."""
 
-    def __init__(self, width, layers, config, causal, prompts="none"):
+    def __init__(self, width, layers, heads, mlp_width, config, causal, prompts="none"):
         super().__init__()
-        self.resblocks = nn.ModuleList(
-            Block(width, config, causal, depth=i / max(1, layers - 1)) for i in range(layers))
+        heads = heads or max(1, width // 64)
+        mlp_width = mlp_width or 4 * width
+        self.resblocks = nn.ModuleList()
+        for i in range(layers):
+            depth = i / max(1, layers - 1)
+            self.resblocks.append(Block(width, heads, mlp_width, config, causal, depth))
         self.temporal_prompts = None
         if prompts != "none":
             v = math.sqrt(6 / (3 * 16 * 16 + width))
@@ -241,7 +258,8 @@ class VisionTransformer(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(D))
         self.positional_embedding = nn.Parameter(torch.empty(num_patches + 1, D))
         self.ln_pre = nn.LayerNorm(D)
-        self.transformer = Transformer(D, config.vision_layers, config, causal=False,
+        self.transformer = Transformer(D, config.vision_layers, config.vision_heads,
+                                       config.vision_mlp_width, config, causal=False,
                                        prompts=config.prompts)
         self.ln_post = nn.LayerNorm(D)
         self.proj = nn.Parameter(torch.empty(D, config.embed_dim))
@@ -267,7 +285,8 @@ class EZCLIP(nn.Module):
         self.config = config
         width = config.text_width
         self.visual = VisionTransformer(config)
-        self.transformer = Transformer(width, config.text_layers, config, causal=True)
+        self.transformer = Transformer(width, config.text_layers, config.text_heads,
+                                       config.text_mlp_width, config, causal=True)
         self.token_embedding = nn.Embedding.from_pretrained(
             torch.empty(config.vocab_size, width), freeze=False)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
@@ -295,7 +314,7 @@ class EZCLIP(nn.Module):
     def encode_frames(self, video):
         """Features of every frame, not normalised: (B, T, 3, S, S) -> (B, T, E).
 
-        video: uint8 RGB, or floats already normalised with CLIP_MEAN and CLIP_STD. T is
+        video: uint8 RGB, or floats already normalised with config.mean and std. T is
         config.num_frames where the model has prompts, else any. Another shape is a ValueError.
         """
         S = self.config.image_size
@@ -306,8 +325,8 @@ class EZCLIP(nn.Module):
             raise ValueError(f"the model has prompts for {self.config.num_frames} frames, the "
                              f"video has {T}: load the model with that num_frames")
         if video.dtype == torch.uint8:
-            mean = torch.tensor(CLIP_MEAN, device=video.device).view(3, 1, 1)
-            std = torch.tensor(CLIP_STD, device=video.device).view(3, 1, 1)
+            mean = torch.tensor(self.config.mean, device=video.device).view(3, 1, 1)
+            std = torch.tensor(self.config.std, device=video.device).view(3, 1, 1)
             video = (video / 255 - mean) / std
         features = self.visual(video.flatten(0, 1), T)  # (B*T, E)
         return features.unflatten(0, (-1, T))
@@ -370,12 +389,16 @@ class EZCLIP(nn.Module):
         ValueError naming file and keys: only the new modules may be missing, nothing left over.
         """
         file = _WeightsFile(str(name_or_path))
-        settings = config_overrides | file.settled()
+        settings = file.said | config_overrides | file.settled()
         for name, value in config_overrides.items():
             if settings[name] != value:
                 raise ValueError(f"{file.path}: has {name} {settings[name]!r}, not {value!r}")
         if num_frames is not None:
             settings["num_frames"] = num_frames
+        if settings.get("vision_width", 0) > 1024 and not settings.get("vision_heads"):
+            raise ValueError(f"{file.path}: no weight tells how many heads a vision width of "
+                             f"{settings['vision_width']} has: put the model's config.json or "
+                             "open_clip_config.json beside it, or give vision_heads (--vision-heads)")
         if file.partial:
             clip = clip or file.content["clip"]
             try:
@@ -393,6 +416,11 @@ class EZCLIP(nn.Module):
             except (ValueError, RuntimeError) as error:  # sizes that no model has, or no memory
                 raise ValueError(f"{file.path}: {error}") from None
             model.weights_path, model.weights_sha256 = str(name_or_path), file.sha256
+            known = file.sha256 in _RELEASES.values() or file.table is _OFFICIAL
+            if model.config.activation is None and not known:
+                warnings.warn(f"{file.path}: does not say its activation, QuickGELU is taken; "
+                              'activation="gelu" (--activation gelu) is that of open_clip\'s models '
+                              "not named -quickgelu")
         file.load(model)
         model.weights_adapted = file.adapted
         return model.eval()
@@ -462,6 +490,8 @@ _RELEASES = {  # name: SHA-256
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
+_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin",
+          "open_clip_pytorch_model.bin")  # of a folder, the first that is there
 # What a file may be that cannot be read, by its first bytes.
 _NO_WEIGHTS = {b"version https": ": it is a git-lfs pointer, not the file itself",
                b"<!": ": it is a web page", b"<html": ": it is a web page",
@@ -489,36 +519,117 @@ _HUGGING_FACE = """
     attn.out_proj                   self_attn.out_proj
     c_fc                            fc1
     c_proj                          fc2"""
+# Fields of Config; and what Hugging Face's and open_clip's JSON calls them, and means without them.
+_CONFIGS = """
+    embed_dim         projection_dim                       512    embed_dim                512
+    vision_width      vision_config.hidden_size            768    vision_cfg.width         768
+    vision_layers     vision_config.num_hidden_layers      12     vision_cfg.layers        12
+    vision_heads      vision_config.num_attention_heads    12     vision_cfg.head_width    64
+    vision_mlp_width  vision_config.intermediate_size      3072   vision_cfg.mlp_ratio     4
+    patch_size        vision_config.patch_size             32     vision_cfg.patch_size    16
+    image_size        vision_config.image_size             224    vision_cfg.image_size    224
+    text_width        text_config.hidden_size              512    text_cfg.width           512
+    text_layers       text_config.num_hidden_layers        12     text_cfg.layers          12
+    text_heads        text_config.num_attention_heads      8      text_cfg.heads           8
+    text_mlp_width    text_config.intermediate_size        2048   text_cfg.mlp_ratio       4
+    context_length    text_config.max_position_embeddings  77     text_cfg.context_length  77
+    vocab_size        text_config.vocab_size               49408  text_cfg.vocab_size      49408"""
+# What no weight tells either, and the values that there is code for.
+_PLAIN = {"layer_norm_eps": (1e-5,), "pool_type": ("tok", "argmax"), "no_causal_mask": (False,),
+          "act_kwargs": (None,), "norm_kwargs": (None,)}
 _IGNORED = r"(.*\.)?(input_resolution|context_length|vocab_size|position_ids|attn_mask)"
 _SIZES = (  # a parameter, one of its dimensions, and what this is in a Config
     ("visual.conv1.weight", 0, "vision_width"), ("visual.conv1.weight", 2, "patch_size"),
     ("positional_embedding", 0, "context_length"), ("positional_embedding", 1, "text_width"),
     ("token_embedding.weight", 0, "vocab_size"), ("text_projection", 1, "embed_dim"),
     ("visual.positional_embedding", 0, "positions"), ("visual.temporal_embedding", 1, "num_frames"),
-    ("visual.transformer.temporal_prompts", 1, "num_frames"))
+    ("visual.transformer.temporal_prompts", 1, "num_frames"),
+    ("visual.transformer.resblocks.0.mlp.c_fc.weight", 0, "vision_mlp_width"),
+    ("transformer.resblocks.0.mlp.c_fc.weight", 0, "text_mlp_width"))
+
+
+def _find(name):
+    """-> the path of a weights file: of the name, of the file in a folder, or of a release of
+    OpenAI's in the cache, where it is put unless it is there."""
+    if name in _RELEASES:
+        return _download(name)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        inside = [path / file for file in _FILES if (path / file).is_file()]
+        if not inside:
+            raise FileNotFoundError(f"{path}: is a folder without any of {', '.join(_FILES)}")
+        path = inside[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file, nor one of {', '.join(_RELEASES)}")
+    return path
 
 
 def _download(name):
-    """-> the path of one of OpenAI's releases in the cache, where it is put unless it is there."""
     file = re.sub("[/@]", "-", name) + ".pt"
-    path, url = Path.home() / ".cache/clip" / file, f"{_URL}/{_RELEASES[name]}/{file}"
-    if not path.exists():
-        try:
+    path, url = Path("~/.cache/clip", file), f"{_URL}/{_RELEASES[name]}/{file}"
+    try:
+        path = path.expanduser()
+        if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=_RELEASES[name])
-        except (OSError, RuntimeError) as error:
-            raise OSError(f"cannot get {name}: {error}; download {url}, put it at {path}") from None
+    except (OSError, RuntimeError) as error:  # the second: no home, or a bad transfer
+        raise OSError(f"cannot get {name}: {error}; download {url}, put it at {path}") from None
     return path
+
+
+def _config_beside(path, hugging_face):
+    """What open_clip's or Hugging Face's JSON beside a weights file says of its model, as fields of
+    Config, and the path of that JSON; {} and None without one."""
+    source = path.with_name("open_clip_config.json")
+    if hugging_face or not source.is_file():
+        source = path.with_name("config.json")
+    if not source.is_file():
+        return {}, None
+    try:
+        content = json.loads(source.read_text("utf-8"))
+        open_clip = "model_cfg" in content
+        if not open_clip and "vision_config" not in content and content.get("model_type") != "clip":
+            return {}, None  # somebody else's config.json
+        model, pixels, said = content.get("model_cfg", content), content.get("preprocess_cfg", {}), {}
+        for row in _CONFIGS.strip().split("\n"):
+            field, *columns = row.split()
+            key, default = columns[2:] if open_clip else columns[:2]
+            section, _, key = key.rpartition(".")
+            part = model.get(section, {}) if section else model
+            said[field] = part.get(key, int(default))
+        for section in ("vision_cfg", "text_cfg", "vision_config", "text_config"):
+            for key, plain in _PLAIN.items():
+                value = model.get(section, {}).get(key, plain[0])
+                if value not in plain:
+                    raise ValueError(f"{section} has {key} {value!r}, for which there is no code")
+
+        if open_clip:
+            said["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
+            said["vision_heads"] = said["vision_width"] // said["vision_heads"]  # by their width
+            for tower in ("vision", "text"):
+                said[f"{tower}_mlp_width"] = int(said[f"{tower}_width"] * said[f"{tower}_mlp_width"])
+        else:
+            activations = [model.get(section, {}).get("hidden_act", "quick_gelu")
+                           for section in ("vision_config", "text_config")]
+            said["activation"] = activations[0]
+            if activations[0] != activations[1]:
+                raise ValueError(f"its towers have different activations, {activations}")
+            beside = path.with_name("preprocessor_config.json")
+            if beside.is_file():
+                pixels = json.loads(beside.read_text("utf-8"))
+        for field, value in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
+            said[field] = tuple(pixels.get(field, pixels.get(f"image_{field}", value)))
+        Config(**said)
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
+        raise ValueError(f"{source}: is no config of a CLIP that can be read: {error}") from None
+    return said, source
 
 
 class _WeightsFile:
     """The tensors of a file in any of the known formats, looked up by our parameter names."""
 
     def __init__(self, name):
-        self.path = _download(name) if name in _RELEASES else Path(name).expanduser()
-        if not self.path.is_file():
-            problem = "is a folder, no file" if self.path.is_dir() else "no such file"
-            raise FileNotFoundError(f"{self.path}: {problem}, nor one of {', '.join(_RELEASES)}")
+        self.path = _find(name)
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
         if self.sha256 != _RELEASES.get(name, self.sha256):
             raise ValueError(f"{self.path}: SHA-256 is not that of {name}: delete the file")
@@ -546,6 +657,7 @@ class _WeightsFile:
         self.table = _HUGGING_FACE if "vision_model." in self.names else ""
         if "Adapter." in self.names or "T_prompt" in self.names:
             self.table = _OFFICIAL
+        self.said, self.config_path = _config_beside(self.path, self.table is _HUGGING_FACE)
         # train.py saves what it has trained and names the rest
         self.partial = "clip_sha256" in self.content and "visual.conv1." not in self.names
         self.adapted = self.partial or re.search("(?i)adapter|prompt", self.names) is not None
@@ -561,9 +673,10 @@ class _WeightsFile:
     def settled(self):
         """The fields of Config that the file settles: sizes, and what was trained in which way."""
         settled = {}
-        if "clip_sha256" in self.content:  # train.py's
-            settled["activation"] = self.content["activation"]
-            settled["num_frames"] = self.content["num_frames"]
+        config = self.content.get("config")
+        if "clip_sha256" in self.content and isinstance(config, dict):  # train.py's
+            for field in ("num_frames", "activation", "vision_heads", "text_heads", "mean", "std"):
+                settled[field] = config.get(field)
         for name, dim, field in _SIZES:
             tensor = self.state.get(*self.keys(name))
             if tensor is not None and tensor.ndim > dim:
@@ -582,6 +695,13 @@ class _WeightsFile:
             settled["prompts"] = {0: "none", 1: "shallow"}.get(len(prompts), "deep")
             settled["adapters"] = ".adapter." in names
             settled["temporal_adapter"] = "_adapter." in names
+        for field, said in self.said.items():
+            if settled.get(field, said) != said:
+                raise ValueError(f"{self.config_path}: says {field} {said}, but the weights in "
+                                 f"{self.path} have {settled[field]}")
+        for tower in ("vision", "text"):
+            if settled.get(f"{tower}_mlp_width") == 4 * settled.get(f"{tower}_width", 0):
+                settled[f"{tower}_mlp_width"] = None
         return settled
 
     @torch.no_grad()

@@ -41,6 +41,7 @@ import ezclip
 import train
 from ezclip import EZCLIP, Config, class_probabilities, contrastive_loss, motion_loss
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not say its activation")
 torch.set_num_threads(1)  # more are slower for models as small as these
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "benchmarks"))
@@ -274,7 +275,7 @@ def test_recomputing_changes_nothing_and_bf16_little(settings):
 
 
 def test_attention_drops_weights_and_blocks_whole_clips():
-    attention = ezclip.Attention(64, dropout=0.5, causal=False).train()
+    attention = ezclip.Attention(64, heads=1, dropout=0.5, causal=False).train()
     nn.init.zeros_(attention.in_proj_weight)  # even attention to values of one
     nn.init.ones_(attention.in_proj_bias)
     nn.init.eye_(attention.out_proj.weight)
@@ -418,10 +419,10 @@ def test_equal_to_hugging_face(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
     model = transformers.CLIPModel(transformers.CLIPConfig(
-        text_config=dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2,
-                         num_attention_heads=1, vocab_size=49408, eos_token_id=49407),
-        vision_config=dict(hidden_size=128, intermediate_size=512, num_hidden_layers=2,
-                           num_attention_heads=2, image_size=32, patch_size=8),
+        text_config=dict(hidden_size=64, intermediate_size=160, num_hidden_layers=2,
+                         num_attention_heads=2, hidden_act="gelu", eos_token_id=49407),
+        vision_config=dict(hidden_size=128, intermediate_size=400, num_hidden_layers=2,
+                           num_attention_heads=4, hidden_act="gelu", image_size=32, patch_size=8),
         projection_dim=32)).eval()
     for p in model.parameters():
         p.data += 0.02 * torch.randn_like(p)
@@ -437,12 +438,86 @@ def test_equal_to_hugging_face(tmp_path):
              model.visual_projection(model.vision_model(video[:, 0])[1]))
         near(ours.encode_text(tokens), model.text_projection(model.text_model(tokens)[1]))
         near(ours(video[:, :1], tokens), expected.logits_per_image, 1e-4)
+    (tmp_path / "alone").mkdir()
     for key in ("vision_model.encoder.layers.1.self_attn.k_proj.bias", "visual_projection.weight",
                 "text_model.encoder.layers.0.mlp.fc1.weight"):  # named as in the file
         missing = {k: v for k, v in state.items() if k != key}
         for changed in (missing, {**state, key: state[key][:5]}):
-            torch.save(changed, tmp_path / "bad.bin")
-            refused(tmp_path / "bad.bin", f"(missing|misshapen): .*{key[:-7]}")
+            torch.save(changed, tmp_path / "alone/bad.bin")
+            refused(tmp_path / "alone/bad.bin", f"(missing|misshapen): .*{key[:-7]}")
+
+
+@pytest.mark.parametrize("head_width, ratio, quick", [(80, 4.9231, True), (64, 4.3637, False)])
+@torch.no_grad()
+def test_equal_to_open_clip(head_width, ratio, quick, tmp_path):
+    """Heads, widths of MLPs, activation and pixels as open_clip_config.json says."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip_torch is not installed")
+    torch.manual_seed(0)
+    vision = dict(width=320, layers=2, head_width=head_width, mlp_ratio=ratio, patch_size=8,
+                  image_size=32)
+    text = dict(width=96, layers=2, heads=3, mlp_ratio=ratio)
+    model = open_clip.CLIP(32, vision, text, quick_gelu=quick).eval()
+    for p in model.parameters():
+        p.data += 0.02 * torch.randn_like(p)
+    config = tmp_path / "open_clip_config.json"
+    config.write_text(json.dumps({
+        "model_cfg": dict(embed_dim=32, vision_cfg=vision, text_cfg=text, quick_gelu=quick),
+        "preprocess_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.25]}}))
+    weights = tmp_path / "open_clip_model.safetensors"
+    save_file(model.state_dict(), weights)
+    video = torch.randint(256, (2, 2, 3, 32, 32), dtype=torch.uint8)
+    pixels = (video / 255 - 0.5) / torch.tensor([0.5, 0.5, 0.25]).view(3, 1, 1)
+    tokens = clip_tokenizer.tokenize(["a dog", "juggling"])
+    activation = "quick_gelu" if quick else "gelu"
+    for path, given in ((tmp_path, {}), (weights, {}), (shutil.copy(weights, tmp_path / "x"), dict(
+            vision_heads=320 // head_width, text_heads=3, mean=(0.5,) * 3, std=(0.5, 0.5, 0.25),
+            activation=activation))):
+        if given:
+            config.unlink()
+        ours = EZCLIP.from_pretrained(path, prompts="none", **given)
+        assert ours.config.vision_mlp_width == int(320 * ratio)
+        near(ours.encode_frames(video).flatten(0, 1), model.encode_image(pixels.flatten(0, 1)))
+        near(ours.encode_text(tokens), model.encode_text(tokens))
+
+
+def test_what_no_weight_tells_is_said_or_asked_for(tmp_path):
+    state = small(**PLAIN).state_dict()
+    path, config = tmp_path / "model.safetensors", tmp_path / "config.json"
+    save_file(state, path)
+    with pytest.warns(UserWarning, match="model.safetensors: does not say its activation"):
+        assert EZCLIP.from_pretrained(tmp_path).config.activation is None
+    vision = {"hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "patch_size": 8,
+              "intermediate_size": 512, "image_size": 32, "hidden_act": "gelu"}
+    text = {"hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 256, "vocab_size": 100,
+            "max_position_embeddings": 16, "hidden_act": "gelu"}
+    said = {"vision_config": vision, "text_config": text, "projection_dim": 32}
+
+    def write(**changes):
+        config.write_text(json.dumps({**said, **changes}))
+
+    write()
+    (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0, 0.25, 0.5]}')
+    loaded = EZCLIP.from_pretrained(tmp_path).config
+    assert loaded.activation == "gelu" and loaded.vision_heads == 4 and loaded.text_heads == 8
+    assert loaded.mean == (0, 0.25, 0.5) and loaded.std == ezclip.CLIP_STD
+    assert EZCLIP.from_pretrained(path, vision_heads=2).config.vision_heads == 2
+    for changes, word in (
+            (dict(vision_config={**vision, "hidden_size": 64}), "vision_width 64, but .* have 128"),
+            (dict(projection_dim=8), "says embed_dim 8"), (dict(text_config={}), "activations"),
+            (dict(vision_config={**vision, "layer_norm_eps": 1e-6}), "layer_norm_eps 1e-06"),
+            (dict(vision_config={**vision, "num_attention_heads": "4"}), "vision_heads"),
+            (dict(vision_config={**vision, "num_attention_heads": 3}), "no multiple of its 3"),
+            (dict(vision_config=[1]), "is no config of a CLIP")):
+        write(**changes)
+        refused(tmp_path if "multiple" not in word else path, word)
+    config.write_text("{")
+    refused(tmp_path, "config.json: is no config")
+    config.write_text('{"model_type": "resnet"}')  # somebody else's
+    assert EZCLIP.from_pretrained(path).config.vision_heads is None
+    wide = small(vision_width=1088, vision_layers=1, **PLAIN).state_dict()
+    save_file(wide, path)
+    refused(path, "vision width of 1088 .*--vision-heads")
+    assert EZCLIP.from_pretrained(path, vision_heads=17).config.vision_width == 1088
 
 
 def test_files_that_do_not_fit_say_why(tmp_path):
@@ -1225,13 +1300,14 @@ def test_a_checkpoint_is_loaded_like_any_weights_file(world, tmp_path):
     assert EZCLIP.from_pretrained(path, num_frames=2).config.num_frames == 2
     shutil.copy(world.other, moved)
     refused(moved, "holds its own CLIP", clip=world.clip)
-    tuned = {"state_dict": clip, "activation": "gelu"}  # --tune all
+    config = {**saved["config"], "activation": "gelu"}
+    tuned = {"state_dict": clip, "config": config}  # --tune all
     torch.save({**saved, **tuned}, path)
     assert EZCLIP.from_pretrained(path).config.activation == "gelu"
     for change, settings, word in (
             ({}, dict(clip=moved), "last.pt: was trained on another CLIP than .*moved.pt"),
             ({}, dict(prompts="none"), "has prompts 'deep', not 'none'"),
-            ({"activation": "relu"}, {}, "activation"), ({"clip": [1]}, {}, "last.pt"),
+            ({"config": {"activation": "relu"}}, {}, "activation"), ({"clip": [1]}, {}, "last.pt"),
             ({"clip": "gone.pt"}, {}, "gone.pt: no such file.*--clip"),
             ({"state_dict": {}}, {}, "missing: .*adapter.fc1"),
             ({"state_dict": saved["state_dict"] | {"a": torch.ones(1)}}, {}, "unexpected: a$")):

@@ -25,6 +25,7 @@ import shlex
 import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,31 @@ def template(text):
     return text
 
 
+def add_model_flags(p):
+    """The flags that `build_model` needs, also for other programs' parsers."""
+    flag = p.add_argument
+    flag("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file (ViT-B/16)")
+    flag("--checkpoint", help="weights to start from: a last.pt or one of the official code")
+    flag("--activation", choices=("quick_gelu", "gelu"), help="gelu for open_clip's models not "
+         "named -quickgelu (what the file says, or quick_gelu)")
+    flag("--vision-heads", type=at_least(1), help="heads of the vision tower (what the file says, or "
+         "width / 64)")
+    flag("--text-heads", type=at_least(1), help="heads of the text tower, likewise")
+    flag("--mean", type=float, nargs=3, help="mean of the pixels' RGB (what the file says, or CLIP's)")
+    flag("--std", type=float, nargs=3, help="their standard deviation, likewise")
+    flag("--num-frames", type=at_least(1), help="frames per clip (8, or the checkpoint's)")
+    flag("--prompts", choices=("deep", "shallow", "none"), help="temporal prompts in all layers, "
+         "in the first, or none (deep, or the checkpoint's)")
+    flag("--no-adapters", action="store_true", help="leave out the adapters")
+    flag("--temporal-adapter", action="store_true",
+         help="the official code's ablation: attention over time at every token")
+    device = "mps" if torch.backends.mps.is_available() else "cpu"
+    if torch.cuda.is_available():
+        device = "cuda"
+    flag("--device", type=usable_device, default=device,
+         help="cuda, cuda:1, mps or cpu (%(default)s)")
+
+
 def parser():
     """The flags of a run; what is in parentheses in their help is the default."""
     p = data.Parser(allow_abbrev=False, description="Train and evaluate EZ-CLIP on folders of "
@@ -79,16 +105,7 @@ def parser():
          help="no horizontal flips (off anyway where a class name has left or right)")
     flag("--no-augment", action="store_true", help="no random crops, flips and colours")
     # model
-    flag("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file (ViT-B/16)")
-    flag("--checkpoint", help="weights to start from: a last.pt or one of the official code")
-    flag("--activation", choices=("quick_gelu", "gelu"), help="gelu for open_clip's models not "
-         "named -quickgelu (quick_gelu, or the checkpoint's)")
-    flag("--num-frames", type=at_least(1), help="frames per clip (8, or the checkpoint's)")
-    flag("--prompts", choices=("deep", "shallow", "none"), help="temporal prompts in all layers, "
-         "in the first, or none (deep, or the checkpoint's)")
-    flag("--no-adapters", action="store_true", help="leave out the adapters")
-    flag("--temporal-adapter", action="store_true",
-         help="the official code's ablation: attention over time at every token")
+    add_model_flags(p)
     flag("--tune", choices=("new", "all"), default="new",
          help="train prompts and adapters only, or CLIP too (%(default)s)")
     # optimisation
@@ -113,11 +130,6 @@ def parser():
     flag("--compile", action="store_true", help="let torch.compile speed the model up")
     flag("--recompute", action="store_true",
          help="gradient checkpointing, block by block: less memory, more time")
-    device = "mps" if torch.backends.mps.is_available() else "cpu"
-    if torch.cuda.is_available():
-        device = "cuda"
-    flag("--device", type=usable_device, default=device,
-         help="cuda, cuda:1, mps or cpu (%(default)s)")
     return p
 
 
@@ -125,10 +137,12 @@ def build_model(args):
     """The model of the flags on its device, as --clip or --checkpoint has it."""
     given = {"recompute": args.recompute}
     # what no flag says is said by the checkpoint, or else by Config
-    if args.activation:
-        given["activation"] = args.activation
-    if args.prompts:
-        given["prompts"] = args.prompts
+    for name in ("activation", "vision_heads", "text_heads", "prompts"):
+        if getattr(args, name):
+            given[name] = getattr(args, name)
+    for name in ("mean", "std"):
+        if getattr(args, name):
+            given[name] = tuple(getattr(args, name))
     if args.no_adapters:
         given["adapters"] = False
     if args.temporal_adapter:
@@ -366,7 +380,7 @@ def train(model, split, args, tests=None):
     digest = hashlib.sha256(repr(clips).encode() + tokens.numpy().tobytes()).hexdigest()
     identity = {"args": vars(args), "classes": split.classes, "data_sha256": digest,
                 "clip": model.weights_path, "clip_sha256": model.weights_sha256,
-                "activation": model.config.activation, "num_frames": model.config.num_frames}
+                "config": asdict(model.config)}
     step, rows, sums = 0, [], [0.0] * 4  # sums of the epoch: three losses, and seconds
     if args.resume and (out / "last.pt").exists():
         step, rows, sums = load_run(out / "last.pt", identity, weights, optimizer)

@@ -156,8 +156,8 @@ def settings(args, out, seed, clip, recipe):
     """train.py's flags for a part of the demo."""
     flags = train.parser().parse_args([])
     vars(flags).update(recipe, out=str(out), seed=seed, clip=str(clip), templates=["{}"],
-                       no_augment=True, device=args.device, workers=args.workers,
-                       resume=args.resume)
+                       activation="quick_gelu", no_augment=True, device=args.device,
+                       workers=args.workers, resume=args.resume)
     return flags
 
 

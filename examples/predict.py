@@ -41,19 +41,10 @@ def parser():
          help="the names to choose from, or a file of names (those of the checkpoint's training)")
     flag("--json", action="store_true", help="predictions as JSON; all else goes to stderr")
     flag("--picture", metavar="FILE", help="a PNG of the frames and the class token's attention")
-    # the model and its texts, as in train.py
-    flag("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file (ViT-B/16)")
-    flag("--checkpoint", help="a last.pt of train.py, or a checkpoint of the official code")
-    flag("--activation", choices=("quick_gelu", "gelu"),
-         help="gelu for open_clip's models not named -quickgelu (quick_gelu)")
-    flag("--num-frames", type=data.at_least(1), help="frames per clip (8, or the checkpoint's)")
-    flag("--prompts", choices=("deep", "shallow", "none"), help="(the checkpoint's)")
-    flag("--no-adapters", action="store_true", help="leave out the adapters")
-    flag("--temporal-adapter", action="store_true", help="attention over time at every token")
+    train.add_model_flags(p)
     flag("--templates", nargs="+", metavar="TEXT",
          type=train.template, help="texts with {} for the class name (16 of the official code)")
     flag("--descriptions", metavar="FILE", help="texts to stand for the class names")
-    flag("--device", type=train.usable_device, help="cuda, cuda:1, mps or cpu (the best there is)")
     return p
 
 

@@ -27,13 +27,9 @@ def parser():
     flag = p.add_argument
     flag("--data", required=True, help="folder of frames: <class>/<clip>/img_00001.jpg")
     flag("--json", action="store_true", help="the scores as JSON; all else goes to stderr")
-    # the model and its clips, as in train.py
-    flag("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file (ViT-B/16)")
-    flag("--checkpoint", help="a last.pt of train.py, or a checkpoint of the official code")
-    flag("--num-frames", type=data.at_least(1), help="frames per clip (8, or the checkpoint's)")
+    train.add_model_flags(p)
     flag("--batch-size", type=data.at_least(1), help="clips at a time (70)")
     flag("--workers", type=data.at_least(0), help="processes that load clips (up to 8)")
-    flag("--device", type=train.usable_device, help="cuda, cuda:1, mps or cpu (the best there is)")
     return p
 
 

@@ -37,6 +37,8 @@ from ezclip import EZCLIP, Config, class_probabilities
 from test_ezclip import (frames_folder, golden_inputs, near, randomised, save_frames, slow, small,
                          world)
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*does not say its activation")
+
 
 def fails(program, argv, word):
     """A command that cannot be done ends with a line that says why. Returns all that is printed."""
