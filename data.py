@@ -19,18 +19,20 @@ import os
 import re
 import signal
 import sys
+import unicodedata
 import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional as tv
 
 IMAGES = (".jpg", ".jpeg", ".png")
 VIDEOS = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg")
+NO_CLIPS = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "lost+found", "System Volume Information")
 NO_FRAMES = ("flow_x_", "flow_y_", "x_", "y_", ".")  # optical flow; ._img_00001.jpg of macOS
 TEMPLATES = (  # of the official code
     "a photo of action {}", "a picture of action {}", "Human action of {}", "{}, an action",
@@ -45,6 +47,7 @@ TEMPLATES = (  # of the official code
 @functools.cache  # 240,000 clips ask for few classes: lists are read in 6 s instead of 13
 def class_text(name):
     """A class name in words: ApplyEyeMakeup -> apply eye makeup, brush_hair -> brush hair."""
+    name = unicodedata.normalize("NFC", name)  # macOS' folders have letters and accents apart
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " ")).lower()
 
 
@@ -177,26 +180,37 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
 
 def clip_folders(root):
     """The folders of clips below root: <clip>, <class>/<clip> or train/<class>/<clip>, as the first
-    one lies. ValueError if there are none."""
+    one lies. ValueError if there are none, OSError for a folder that cannot be read."""
     root = Path(root)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
-    clips = _folders(root)
+    left_out = []
+
+    def below(path):
+        folders = []
+        with os.scandir(root / path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    part = left_out if entry.name.startswith(NO_CLIPS) else folders
+                    part.append(os.path.join(path, entry.name))
+        if not folders:
+            left_out.append(path)
+        return sorted(folders)
+
+    clips = below("")
     # the first folder that is not empty tells: a class may be called training dog
     levels = 2 if any("train" in name.lower() for name in clips) else 1
     for _ in range(levels):
         first = next(filter(os.listdir, map(root.joinpath, clips)), None)
         if first and any(map(_is_frame, os.listdir(first))):
             break
-        clips = [f"{folder}/{name}" for folder in clips for name in _folders(root / folder)]
+        clips = [clip for folder in clips for clip in below(folder)]
     if not clips:
         raise ValueError(f"{root}: holds no folders <class>/<clip>/ with frames")
+    if left_out:
+        print(f"{root}: {len(left_out)} folders are empty or another program's, and left out: "
+              f"{', '.join(left_out[:5])}")
     return clips
-
-
-def _folders(path):
-    with os.scandir(path) as entries:
-        return sorted(e.name for e in entries if e.is_dir() and not e.name.startswith("."))
 
 
 def class_folder(clip):
@@ -240,7 +254,7 @@ def clip_finder(folders, listed):
         stem, suffix = os.path.splitext(name.lower())
         if suffix not in VIDEOS:
             stem += suffix
-        return class_text("".join(parents[-1:])), stem
+        return class_text("".join(parents[-1:])), unicodedata.normalize("NFC", stem)
 
     known, classes = {}, set()
     for folder in folders:
@@ -268,8 +282,7 @@ def match_clips(source, rows, names, find, allow_missing):
     `find` gives the folders of a clip. ValueError names a clip with several, one in another class,
     and, unless `allow_missing`, those with none.
     """
-    known = set(map(class_text, names))
-    clips, first, missing = {}, {}, []
+    clips, first, missing, class_of = {}, {}, [], {}
     for where, listed, name in rows:
         found = find(listed)
         if not found:
@@ -279,7 +292,9 @@ def match_clips(source, rows, names, find, allow_missing):
         if len(found) > 1:
             raise ValueError(f"{where}: {listed} fits all of {', '.join(found)}")
         folder = class_folder(clip)
-        if class_text(folder) in known and class_text(folder) != class_text(name):
+        if folder not in class_of:
+            class_of[folder] = find_name(folder, names)
+        if class_of[folder] not in (name, None):
             raise ValueError(f"{where}: {clip} is {name} by its label, but lies in {folder}")
         if first.setdefault(clip, (listed, name)) != (listed, name):
             raise ValueError(f"{where}: {clip} would be {listed} of {name}, and was "
@@ -341,20 +356,38 @@ def read_frame(path, size=None, crop=None):
     decoded is a ValueError that names it."""
     try:
         with Image.open(path) as image:
-            if size is None:
-                return image.convert("RGB")
             width, height = image.size
-            left, top, right, bottom = crop_box(width, height, size, crop)
-            # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where the box keeps `size` pixels
-            needed = size / min(right - left, bottom - top)
-            image.draft("RGB", (math.ceil(width * needed), math.ceil(height * needed)))
-            scale = round(width / image.width)
-            box = (left / scale, top / scale, right / scale, bottom / scale)
-            kind = Image.Resampling.BILINEAR if crop else Image.Resampling.BICUBIC
-            square = image.convert("RGB").resize((size, size), kind, box)
+            if size:  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that suffices
+                share = min(crop[0]) if crop else 224 / 256
+                image.draft("RGB", (math.ceil(size / share), math.ceil(size / share)))
+            ImageOps.exif_transpose(image, in_place=True)
+            image = to_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: unreadable frame ({error})") from None
+    if not size:
+        return image
+    if (width > height) != (image.width > image.height):  # turned
+        width, height = height, width
+    scale = round(width / image.width)
+    box = [edge / scale for edge in crop_box(width, height, size, crop)]
+    kind = Image.Resampling.BILINEAR if crop else Image.Resampling.BICUBIC
+    square = image.resize((size, size), kind, box)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def to_rgb(image):
+    """An image of any kind as 8-bit RGB: deeper grey is scaled by the range of its type, what is
+    transparent lies on black. ValueError for floats, which have no range."""
+    if image.mode == "F":
+        raise ValueError("floats have no range to be scaled by")
+    if image.mode.startswith("I"):  # 16 bits, or 32; PNGs have 16, whatever the mode
+        top = 2**31 - 1 if image.mode == "I" and image.format != "PNG" else 2**16 - 1
+        image = Image.fromarray((np.asarray(image) * (255 / top)).round().astype(np.uint8))
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        black = Image.new("RGBA", image.size, "black")
+        image = Image.alpha_composite(black, image)
+    return image.convert("RGB")
 
 
 def crop_box(width, height, size, crop=None):

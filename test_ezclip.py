@@ -21,6 +21,7 @@ import signal
 import subprocess
 import sys
 import time
+import unicodedata
 import zipfile
 import zlib
 from pathlib import Path
@@ -789,6 +790,83 @@ def test_crops(tmp_path):
         expected, found = cropped(whole, 224, crop), data.read_frame(tmp_path / "a.jpg", 224, crop)
         near(found, expected, 12)
         assert 0 < abs(found.float() - expected).mean() < 1
+
+
+def test_pixels_of_all_kinds_of_images(tmp_path):
+    path, rng = tmp_path / "a.png", np.random.default_rng(0)
+
+    def read(image, **options):
+        image.save(path, **options)
+        return np.asarray(data.read_frame(path)).astype(int)
+
+    ramp = np.linspace(0, 1, 20 * 30).reshape(20, 30)
+    for image, options in ((Image.fromarray((65535 * ramp).astype(np.uint16)), {}),
+                           (Image.fromarray((65535 * ramp).astype(np.uint16)), {"format": "TIFF"}),
+                           (Image.fromarray(((2**31 - 1) * ramp).astype(np.int32)), {"format": "TIFF"}),
+                           (Image.fromarray((255 * ramp).astype(np.uint8)), {})):
+        assert abs(read(image, **options) - 255 * ramp[..., None]).max() <= 1
+    with pytest.raises(ValueError, match="a.png: .*floats"):
+        read(Image.fromarray(ramp.astype(np.float32)), format="TIFF")
+    pixels = rng.integers(256, size=(20, 30, 3), dtype=np.uint8)
+    turned = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1],
+              5: pixels.swapaxes(0, 1), 6: np.rot90(pixels, -1),
+              7: np.rot90(pixels, 2).swapaxes(0, 1), 8: np.rot90(pixels)}
+    for orientation, expected in turned.items():
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        assert (read(Image.fromarray(pixels), exif=exif) == expected).all()
+        found = data.read_frame(path, 16)
+        Image.fromarray(np.ascontiguousarray(expected)).save(path)
+        assert torch.equal(found, data.read_frame(path, 16))
+    few = Image.fromarray(pixels // 128 * 255).quantize(8)
+    assert (read(few) == pixels // 128 * 255).all()
+    corner = few.getpixel((0, 0))
+    black = np.where(np.asarray(few)[..., None] == corner, 0, pixels // 128 * 255)
+    assert (read(few, transparency=corner) == black).all()
+    alpha = rng.integers(256, size=(20, 30, 1), dtype=np.uint8)
+    image = Image.fromarray(np.concatenate([pixels, alpha], 2))
+    expected = pixels * (alpha / 255)
+    assert abs(read(image) - expected).max() <= 1
+    grey = Image.fromarray(np.concatenate([pixels[..., :1], alpha], 2), "LA")
+    assert abs(read(grey) - expected[..., :1]).max() <= 1
+    large = Image.fromarray(np.full((1200, 1600, 3), pixels[0, 0]))  # decoded at a smaller size
+    exif[0x0112] = 6
+    large.save(tmp_path / "a.jpg", exif=exif)
+    assert data.read_frame(tmp_path / "a.jpg", 32).shape == (3, 32, 32)
+
+
+def test_folders_that_nobody_made_are_left_out(tmp_path, capsys):
+    root = frames_folder(tmp_path / "frames", clips=2)
+    for name in ("@eaDir", "__MACOSX/Archery", "$RECYCLE.BIN", "lost+found", ".ipynb_checkpoints",
+                 "Empty", "Archery/@eaDir/clip0"):
+        (root / name).mkdir(parents=True)
+    (root / "lost+found").chmod(0)
+    split, _ = data.index_frames(root)
+    assert split.classes == ["Archery", "BabyCrawling"] and len(split.clips) == 2
+    assert "7 folders are empty or another program's" in capsys.readouterr().out
+    (root / "lost+found").chmod(0o700)
+    if os.geteuid():  # who may read everything
+        (root / "Archery").chmod(0)
+        with pytest.raises(PermissionError, match="Archery"):
+            data.index_frames(root)
+        (root / "Archery").chmod(0o700)
+
+
+def test_classes_are_what_their_names_are(tmp_path):
+    root, nfd = tmp_path / "frames", unicodedata.normalize("NFD", "Übung é")
+    names = ["A", "a", "can't", "cant", "1_11", "11_1", nfd]
+    for name in names:
+        save_frames(root / name / "one")
+    split = data.index_frames(root, whole=True)[1]
+    assert split.classes == sorted(names) and len(split.clips) == 7
+    labels = "".join(f"{k},{unicodedata.normalize('NFC', name)}\n" for k, name in enumerate(names))
+    lines = "".join(f"x/{unicodedata.normalize('NFC', name)}/one.avi 5 {k}\n"
+                    for k, name in enumerate(names))
+    assert listed(root, lines, labels).clips == [(f"{name}/one", k) for k, name in enumerate(names)]
+    for line, word in (("a/one 0", "a/one is A by its label, but lies in a"),
+                       ("can't/one 3", "is cant by its label"), ("11_1/one 4", "is 1_11 by")):
+        with pytest.raises(ValueError, match=f"list.txt:1: .*{word}"):
+            listed(root, line, labels)
 
 
 def test_clips_are_a_function_of_seed_epoch_and_index(tmp_path):
