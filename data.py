@@ -27,11 +27,12 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms.v2 import functional as tv
 
 IMAGES = (".jpg", ".jpeg", ".png")
-VIDEOS = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg")
+VIDEOS = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts",
+          ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".asf", ".vob", ".f4v", ".rm", ".rmvb", ".divx")
 NO_CLIPS = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "lost+found", "System Volume Information")
 NO_FRAMES = ("flow_x_", "flow_y_", "x_", "y_", ".")  # optical flow; ._img_00001.jpg of macOS
 TEMPLATES = (  # of the official code
@@ -507,10 +508,18 @@ class Clips(Dataset):
 
 
 def loader(clips, batches, workers, pin_memory=False):
-    """Videos (B, T, 3, S, S) uint8, labels (B,) and indices (B,) for each of `batches`, lists of
-    keys of a Clips; an iterable."""
-    return DataLoader(clips, batch_sampler=batches, num_workers=workers, pin_memory=pin_memory,
-                      worker_init_fn=_start_worker)
+    """Yield videos (B, T, 3, S, S) uint8, labels (B,) and indices (B,) for each of `batches`, lists
+    of keys of a Clips."""
+    stream = DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=_collate,
+                        pin_memory=pin_memory, worker_init_fn=_start_worker)
+    for videos, labels, indices in stream:
+        yield videos, torch.tensor(labels), torch.tensor(indices)
+
+
+def _collate(samples):
+    # Only videos are tensors: what finds no room in shared memory after this makes PyTorch hang.
+    clips, labels, indices = zip(*samples)
+    return default_collate(clips), labels, indices
 
 
 def _start_worker(_):
@@ -549,6 +558,8 @@ def command(main):
         status, text = 2, str(error)
         if "DataLoader worker" in text:  # what it raised, behind its traceback, or what ended it
             text = re.sub(r"^\w+: ", "", text.strip().split("\n")[-1])
+            if re.search("worker|shared memory|</torch_", text):
+                text += "; where shared memory is small, as in Docker, --workers 0 does without"
         elif not isinstance(error, (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError)):
             raise  # somebody's bug
     print("error:", " ".join(text.split()), file=sys.stderr)

@@ -54,10 +54,16 @@ def load_video(path, num_frames, image_size):
     """A folder of frames, or a video file, as a clip: see `data.load_clip`."""
     if os.path.isdir(path):
         return data.load_clip(path, num_frames, image_size)
+    # of a film, however long, only the frames that are needed are kept
+    wanted = data.sample_frames(prepare.count_frames(path), num_frames)
+    positions, complaints = np.unique(wanted), []
+    frames = dict(zip(positions, prepare.video_frames(path, complaints, positions)))
+    if complaints:
+        print(f"warning: damaged {path}: {complaints[-1]}", file=sys.stderr)
+    if len(frames) < len(positions):
+        raise ValueError(f"{path}: its frames cannot be read twice")
     with tempfile.TemporaryDirectory() as folder:
-        said = prepare.video_frames(path, folder)
-        if said:
-            print(f"warning: damaged {path}: {said}", file=sys.stderr)
+        prepare.write_frames([frames[i] for i in wanted], folder)
         return data.load_clip(folder, num_frames, image_size)
 
 

@@ -3,87 +3,152 @@
     python examples/prepare.py frames VIDEOS FRAMES   # each video to a folder of JPEGs
     python examples/prepare.py check FRAMES           # decode every frame, list what is broken
 
-VIDEOS holds class folders of videos, VIDEOS/Class/clip.avi, or just videos: VIDEOS/clip.avi. Frames
-come to lie as FRAMES/Class/clip/img_00001.jpg or FRAMES/clip/img_00001.jpg, their shorter side is
-256. What has been stopped goes on when its command is repeated.
+VIDEOS holds videos, as VIDEOS/clip.avi, VIDEOS/Class/clip.avi or VIDEOS/train/Class/clip.avi. Their
+frames come to lie likewise, as FRAMES/Class/clip/img_00001.jpg, and their shorter side is 256. What
+has been stopped goes on when its command is repeated.
 """
 
+import errno
 import os
+import queue
+import re
 import shutil
 import subprocess
 import sys
+import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from PIL import Image
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
-def video_frames(video, folder):
-    """Write each frame of a video to an empty folder as a JPEG whose shorter side is 256.
 
-    Returns what ffmpeg complained of, or "". A ValueError names a video that cannot be read.
-    """
+# ---- the frames of a video ----
+
+def ffmpeg(video, *options):
+    """Start ffmpeg on the film of a video, not the picture of a cover; a process with pipes."""
     import imageio_ffmpeg
-    options = [
-        "-nostdin", "-loglevel", "error",
-        "-threads", "1",  # one video per core is faster than all cores on one video
+    command = [
+        imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats",
+        "-loglevel", "level+info",
         "-protocol_whitelist", "file",  # a playlist that calls itself a video fetches nothing
+        "-threads", "1",  # one video per core is faster than all cores on one video
+        "-reinit_filter", "0",  # where sizes change within a video, `scale` goes along
         "-i", str(Path(video).absolute()),
-        "-fps_mode", "passthrough",  # every frame of the file, none of them twice
-        "-q:v", "2",  # nearly the best that JPEG has
-        "-vf", "scale='if(gt(iw,ih),-1,256)':'if(gt(iw,ih),256,-1)'"]
-    result = subprocess.run(
-        [imageio_ffmpeg.get_ffmpeg_exe(), *options, "img_%05d.jpg"],
-        cwd=folder,  # not in front of img_%05d.jpg, as a folder's name may hold a % too
-        capture_output=True, text=True, errors="replace")
-    complaints = result.stderr.strip().splitlines()
-    said = complaints[-1] if complaints else ""
-    if result.returncode or not os.listdir(folder):
-        raise ValueError(f"{video}: is no readable video ({said or 'no frames'})")
-    return said
+        "-map", "0:V:0",
+        "-fps_mode", "passthrough"]  # every frame of the file, none of them twice
+    return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
+
+def video_frames(video, complaints, chosen=None):
+    """Yield the frames of a video, or those at the positions `chosen`, as RGB images whose shorter
+    side is 256. What ffmpeg complains of is added to `complaints`, a list."""
+    filters = ("scale=w='if(gt(iw,ih),-1,256)':h='if(gt(iw,ih),256,-1)':eval=frame,format=rgb24,"
+               "showinfo=checksum=0")
+    if chosen is not None:
+        filters = f"select='{'+'.join(f'eq(n,{i})' for i in chosen)}',{filters}"
+    process = ffmpeg(video, "-noautoscale", "-vf", filters, "-f", "rawvideo", "-")
+    sizes = queue.SimpleQueue()  # which differ where the video's do
+
+    def listen():
+        for line in process.stderr:
+            line = line.decode(errors="replace").strip()
+            shown = re.search(r"showinfo.* s:(\d+)x(\d+)", line)
+            if shown:
+                sizes.put((int(shown[1]), int(shown[2])))
+            elif "[error]" in line or "[fatal]" in line:
+                complaints.append(line)
+        sizes.put(None)
+
+    threading.Thread(target=listen, daemon=True).start()
+    try:
+        while size := sizes.get():
+            pixels = process.stdout.read(3 * size[0] * size[1])
+            if len(pixels) == 3 * size[0] * size[1]:
+                yield Image.frombytes("RGB", size, pixels)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def count_frames(video):
+    """How many frames of a video can be read; a ValueError names one without any."""
+    progress, said = ffmpeg(video, "-progress", "-", "-f", "null", os.devnull).communicate()
+    count = int(re.findall(rb"frame=(\d+)", b"frame=0\n" + progress)[-1])
+    if not count:
+        complaints = [line for line in said.decode(errors="replace").splitlines() if "[error]" in line]
+        raise ValueError(f"{video}: is no readable video ({[*complaints, 'no frames'][-2:][0]})")
+    return count
+
+
+def write_frames(frames, folder):
+    """Write images as img_00001.jpg and so on; returns their number."""
+    count = 0
+    for count, frame in enumerate(frames, 1):
+        frame.save(Path(folder, f"img_{count:05d}.jpg"), quality=90)  # PSNR of 40 dB or more
+    return count
+
+
+# ---- the frames of many videos ----
 
 def find_videos(root, frames):
-    """{folder of frames: its video}, for all videos of `root` and of its class folders."""
-    jobs = {}
-    for video in sorted(root.glob("*")) + sorted(root.glob("*/*")):
-        hidden = video.name.startswith(".")
-        if hidden or video.suffix.lower() not in data.VIDEOS or not video.is_file():
+    """{folder of frames: its video}, for all videos of `root` and of folders in it."""
+    jobs, others = {}, Counter()
+    for path in sorted(root.glob("*")) + sorted(root.glob("*/*")) + sorted(root.glob("*/*/*")):
+        place = path.relative_to(root)
+        if any(part.startswith(data.NO_CLIPS) for part in place.parts) or not path.is_file():
             continue
-        folder = frames / video.relative_to(root).with_suffix("")
+        if path.suffix.lower() not in data.VIDEOS:
+            others[path.suffix or path.name] += 1
+            continue
+        folder = frames / place.with_suffix("")
         # the same name with another suffix, or a video that is named like a class
         other = jobs.get(folder) or jobs.get(folder.parent)
         if other:
-            raise ValueError(f"{other} and {video} would share a folder of {frames}")
-        jobs[folder] = video
+            raise ValueError(f"{other} and {path} would share a folder of {frames}")
+        jobs[folder] = path
+    if others:
+        counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
+        print(f"{root}: left out what is no video by its suffix: {counts}")
     return jobs
 
 
 def convert(video, folder):
     """Write a video's frames, unless they are there; returns what went wrong, or ""."""
-    if folder.is_dir():
-        return ""  # by an extraction that was stopped later
+    complaints = []
     # renamed only when it is complete, so that a folder that stands there is never half a clip
-    part = folder.with_name(f".{folder.name}.part")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir(parents=True)
+    part = folder.with_name(f".{data.name_hash(folder.name)[:16]}.part")
     try:
-        said = video_frames(video, part)
-    except ValueError as error:
-        shutil.rmtree(part)
-        return f"skipped {error}"
-    part.rename(folder)
-    return f"damaged {video}, its readable frames are kept: {said}" if said else ""
+        if folder.is_dir():
+            return ""  # by an extraction that was stopped later
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        count = write_frames(video_frames(video, complaints), part)
+        if count:
+            part.rename(folder)
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise OSError(f"{folder}: {error.strerror}") from None
+        return f"skipped {video}: {error}"
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    said = complaints[-1] if complaints else "no frames"
+    if not count:
+        return f"skipped {video}: is no readable video ({said})"
+    return f"damaged {video}, its {count} readable frames are kept: {said}" if complaints else ""
 
 
 def extract(videos, frames, workers=None):
     """Turn a folder of videos into the layout that train.py reads; returns the number of clips.
 
     Broken videos are skipped, and named at the end. Raises ValueError, before anything is written,
-    where two videos would share a folder.
+    where two videos would share a folder, and OSError for a full disk.
     """
     root = Path(videos)
     if not root.is_dir():
@@ -92,10 +157,14 @@ def extract(videos, frames, workers=None):
     if not jobs:
         raise ValueError(f"{root}: no videos ({' '.join(data.VIDEOS)}) in it or its class folders")
 
-    # threads do, as the work is done by ffmpeg
+    # threads do, as the work is done by ffmpeg and Pillow
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
         results = pool.map(convert, jobs.values(), jobs)
-        problems = list(tqdm(results, "videos", len(jobs)))
+        try:
+            problems = list(tqdm(results, "videos", len(jobs)))
+        except OSError:
+            pool.shutdown(cancel_futures=True)
+            raise
     for problem in problems:
         if problem:
             print(problem, file=sys.stderr)
@@ -105,6 +174,8 @@ def extract(videos, frames, workers=None):
         raise ValueError(f"{root}: none of its videos could be read")
     return done
 
+
+# ---- what is broken ----
 
 def broken_frames(folder):
     """What is wrong with a clip, a line for each of its frames that cannot be decoded."""
@@ -129,7 +200,8 @@ def check(frames, workers=None):
     # a class without clips is no clip, and would go unseen
     parents = {clip.split("/")[0] for clip in clips}
     for folder in sorted(root.iterdir()):
-        if folder.is_dir() and not folder.name.startswith(".") and folder.name not in parents:
+        others = folder.name.startswith(data.NO_CLIPS) or folder.name in parents
+        if folder.is_dir() and not others:
             problems.append(f"{folder}: holds no clips")
     # threads do here too: decoding a JPEG leaves Python to the others
     with ThreadPoolExecutor(workers or os.cpu_count()) as pool:

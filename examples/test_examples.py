@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -52,10 +53,13 @@ def fails(program, argv, word):
     return errors
 
 
+def ffmpeg_program():
+    return pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+
+
 def make_video(path, frames=12, size="64x48", codec="mpeg4"):
-    imageio_ffmpeg = pytest.importorskip("imageio_ffmpeg")
     path.parent.mkdir(parents=True, exist_ok=True)
-    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-f", "lavfi", "-i",
+    subprocess.run([ffmpeg_program(), "-loglevel", "error", "-f", "lavfi", "-i",
                     f"testsrc=size={size}:rate=10", "-frames:v", str(frames), "-c:v", codec, path],
                    check=True)
 
@@ -97,7 +101,7 @@ def test_extraction(tmp_path, capsys):
 
     kept = frames / "Clap/c/img_00001.jpg"
     before = kept.stat().st_mtime_ns  # what is complete is not made again, what is missing is
-    half = frames / "Wave hand/.tall.part"
+    half = frames / f"Wave hand/.{data.name_hash('tall')[:16]}.part"
     (frames / "Wave hand/tall").rename(half)
     (half / "img_00009.jpg").write_bytes(b"left by a run that was killed")
     assert data.index_frames(frames)[0].classes == ["Clap", "Wave hand"]
@@ -123,8 +127,51 @@ def test_a_damaged_video_is_kept_and_named(tmp_path, capsys):
     damaged_video(video)
     assert prepare.extract(video.parents[1], frames) == 1
     said = capsys.readouterr()
-    assert f"damaged {video}, its readable frames are kept: " in said.err and "1 of 1" in said.out
-    assert len(data.frame_names(frames / "Clap/a")) > 20
+    count = len(data.frame_names(frames / "Clap/a"))
+    assert f"damaged {video}, its {count} readable frames are kept: " in said.err and count > 20
+    video.write_bytes(video.read_bytes()[:len(video.read_bytes()) * 2 // 3])  # torn, whatever is said
+    assert prepare.extract(video.parents[1], tmp_path / "torn") == 1
+    assert 10 < len(data.frame_names(tmp_path / "torn/Clap/a")) < 30
+
+
+def test_videos_of_all_kinds(tmp_path, capsys):
+    """Sizes that change, covers of sound, deep folders, long names and what cannot be written."""
+    videos, frames, parts = tmp_path / "videos", tmp_path / "frames", []
+    for k, size in enumerate(("64x36", "40x80", "64x36")):
+        make_video(tmp_path / f"{k}.ts", 5, size, codec="mpeg2video")
+        parts.append((tmp_path / f"{k}.ts").read_bytes())
+    (videos / "train/Clap").mkdir(parents=True)
+    (videos / "train/Clap/changing.ts").write_bytes(b"".join(parts))
+    make_video(videos / "train/Clap" / ("x" * 250 + ".wmv"), 3, codec="wmv2")
+    make_video(videos / "train/Clap/a.flv", 3, codec="flv")
+    save_frames(tmp_path / "cover", 1)
+    subprocess.run([ffmpeg_program(), "-loglevel", "error", "-f", "lavfi", "-i", "sine=d=1", "-i",
+                    tmp_path / "cover/img_00001.jpg", "-map", "0", "-map", "1", "-c:v", "mjpeg",
+                    "-disposition:v:0", "attached_pic", videos / "train/Clap/sound.m4v"], check=True)
+    (videos / "train/Clap/notes.txt").write_text("no video")
+    (frames / "train/Clap").mkdir(parents=True)
+    (frames / "train/Clap/late").write_text("a file where the frames' folder would be")
+    make_video(videos / "train/Clap/late.avi", 3)
+    assert prepare.extract(videos, frames) == 3
+    said = capsys.readouterr()
+    assert f"skipped {videos}/train/Clap/sound.m4v: " in said.err and "1 .txt" in said.out
+    assert f"skipped {videos}/train/Clap/late.avi: " in said.err and "3 of 5" in said.out
+    clip = frames / "train/Clap/changing"
+    sizes = [Image.open(clip / name).size for name in data.frame_names(clip)]
+    assert set(sizes) == {(455, 256), (256, 512)} and len(sizes) >= 12, sizes
+    assert sizes == sorted(sizes[:7], reverse=True) + sorted(sizes[7:])
+
+
+def test_a_full_disk_ends_an_extraction(tmp_path, monkeypatch):
+    for k in range(4):
+        make_video(tmp_path / f"videos/Clap/{k}.avi", 3)
+
+    def full(self, path, **options):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    fails(prepare, ["frames", tmp_path / "videos", tmp_path / "frames"], "No space left on device")
+    assert not any((tmp_path / "frames/Clap").iterdir())
 
 
 def test_videos_that_cannot_be_extracted_are_refused(tmp_path):
@@ -155,7 +202,7 @@ def test_check_names_all_that_is_broken(tmp_path, capsys):
     (root / "Empty").mkdir()
     fails(prepare, ["check", root, "--workers", "3"], f"{root}: 4 problems in 7 clips")
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 4 and all(str(path) in "".join(said) for path in (
+    assert len(said) == 5 and all(str(path) in "".join(said[1:]) for path in (
         torn, void, root / "BabyCrawling/bare", root / "Empty"))
     fails(prepare, ["check", tmp_path / "gone"], "gone: no such folder")
 
@@ -287,7 +334,7 @@ def test_predictions(world, tmp_path, capsys, monkeypatch):
 
     model = EZCLIP.from_pretrained(checkpoint)
     (tmp_path / "frames").mkdir()
-    prepare.video_frames(video, tmp_path / "frames")
+    prepare.write_frames(prepare.video_frames(video, []), tmp_path / "frames")
     clips = torch.stack([data.load_clip(path, 4, 32) for path in (tmp_path / "frames", folder)])
     tokens = torch.stack([clip_tokenizer.tokenize([t.replace("{}", name) for name in names])
                           for t in data.TEMPLATES])
