@@ -550,6 +550,8 @@ def at_least(minimum, kind=int):
 def command(main):
     """Run a program's main(); what is wrong with its input is one line and exit status 2."""
     warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that it cannot print loses no result
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         return main()
     except KeyboardInterrupt as error:

@@ -1261,6 +1261,20 @@ def test_a_signal_to_the_whole_group(number, world, tmp_path):
         assert process.returncode == 130
 
 
+@pytest.mark.parametrize("error, word", [
+    (KeyError("a bug"), "'a bug'$"),
+    (RuntimeError("unable to write to file </torch_1>: No space left"), "--workers 0 does without$")])
+def test_what_a_loading_process_raises_is_one_line(error, word, world, tmp_path, monkeypatch):
+    def load(*_, **__):
+        raise error
+
+    monkeypatch.setattr(data, "sample_frames", load)
+    errors = fails([*world.common, "--workers", "1", "--out", tmp_path], word)
+    assert errors.count("error") == 1
+    clips = [(torch.zeros(2, 3, 4, 4), k, k) for k in range(2)]
+    assert data._collate(clips)[1:] == ((0, 1), (0, 1))  # no tensors: see there
+
+
 def test_a_second_ctrl_c_ends_at_once():
     with train.stop_signals() as stopped, pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)

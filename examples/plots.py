@@ -7,12 +7,16 @@ The accuracy of each class and the pairs that are confused most are printed.
 """
 
 import csv
+import logging
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 
 import matplotlib
 import numpy as np
+from matplotlib import font_manager
+from matplotlib.text import Text
 from matplotlib.figure import Figure  # not pyplot, which keeps every figure and wants a screen
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -33,20 +37,52 @@ def figure(width, height, mosaic, **options):
         "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
         "legend.frameon": False,
         "text.parse_math": False})  # names may hold a $
+    logging.getLogger("matplotlib.font_manager").setLevel(logging.ERROR)  # a weight is no matter
     fig = Figure((width, height), layout="constrained")
     return fig, fig.subplot_mosaic(mosaic, **options)
 
 
+def printable(name):
+    """A name without the bytes that are not UTF-8."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def fonts_for(text):
+    """Families of installed fonts that together have the letters of a text, matplotlib's own first.
+    Prints the letters that none of them has."""
+    families = []
+    missing = {letter for letter in text if letter.isprintable() and letter != " "}
+    for path in [font_manager.findfont("DejaVu Sans"), *sorted(font_manager.findSystemFonts())]:
+        if not missing:
+            break
+        font = font_manager.get_font(path)
+        known = {chr(code) for code in font.get_charmap()}
+        if missing & known:
+            font_manager.fontManager.addfont(path)  # it may be newer than matplotlib's list
+            families.append(font.family_name)
+            missing -= known
+    if missing:
+        print(f"no font here has the letters {''.join(sorted(missing)[:20])}; one of Noto's would")
+    return families
+
+
 def save_figure(fig, path):
     """Write a PNG, as a whole or not at all."""
-    train.write(Path(path), lambda file: fig.savefig(file, dpi=120, format="png"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of each letter that a font lacks
+        fig.draw_without_rendering()  # else texts at ticks are not there yet
+        texts = fig.findobj(Text)
+        families = fonts_for("".join(text.get_text() for text in texts))
+        for text in texts:
+            text.set_family(families)
+        train.write(Path(path), lambda file: fig.savefig(file, dpi=120, format="png"))
 
 
 # ---- a run's files ----
 
 def read_table(path, columns):
     """The rows of a CSV as dicts. A ValueError where there are none, or one lacks a column."""
-    with open(path, newline="", encoding="utf-8", errors="replace") as file:
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = list(csv.DictReader(file))
     if not rows:
         raise ValueError(f"{path}: holds no rows")
@@ -103,7 +139,7 @@ def plot_curves(path, curves):
         for name in names:
             epochs, values = zip(*curves[name])
             marker = "o" if len(epochs) < 20 else ""
-            label = name.removesuffix(" top1").replace("_", " ")
+            label = printable(name).removesuffix(" top1").replace("_", " ")
             line, = axes[panel].plot(epochs, values, marker=marker, label=label)
             if name == "loss":  # thick and behind its parts, as it may equal one of them
                 line.set(linewidth=4, zorder=1)
@@ -128,7 +164,7 @@ def plot_confusion(path, classes, matrix):
     axis.set_title(f"{100 * matrix.trace() / clips.sum():.1f} % of {clips.sum()} clips are right")
     axis.set(xlabel="predicted class", ylabel="true class")
     if named:
-        labels = [f"{name[-40:]}  {i}" for i, name in enumerate(classes)]
+        labels = [f"{printable(name)[-40:]}  {i}" for i, name in enumerate(classes)]
         axis.set_yticks(range(len(classes)), labels, fontsize=7)
     axis.xaxis.get_major_locator().set_params(integer=True)
     fig.colorbar(image, ax=axis, shrink=0.6, label="clips of the true class (%)")

@@ -146,7 +146,7 @@ def draw_video(fig, rows, title, clip, maps):
         axis.spines[:].set_visible(False)
 
     frames, beside_frames = rows["frames"]
-    frames.set_title(title, fontsize=10, wrap=True)
+    frames.set_title(plots.printable(title), fontsize=10, wrap=True)
     beside_frames.axis("off")
     patch_axis, patch_bar = rows["patches"]
     patch_axis.set_ylabel("last\nlayer")

@@ -274,6 +274,29 @@ def test_runs_that_cannot_be_drawn_are_named(tmp_path, name, rows, word):
     assert not [*tmp_path.rglob("*.png")]
 
 
+def test_names_in_all_letters_and_none(world, tmp_path, monkeypatch, capsys):
+    """Names that matplotlib's font lacks, that a console cannot print, or that are not UTF-8."""
+    names = ["跳舞", "नाच", "رقص", "$x^2", os.fsdecode(b"caf\xe9"), os.fsdecode(b"caf\xe8")]
+    frames_folder(tmp_path / "frames", names, clips=2, count=2)
+    flags = ["--data", str(tmp_path / "frames"), "--workers", "0", "--out", str(tmp_path / "run")]
+    run = ["--clip", world.clip, "--eval-only", *flags]
+    monkeypatch.setattr(plots.font_manager, "findSystemFonts", list)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+    assert data.command(lambda: train.main(run))["results"]["frames"]["n"] == 6
+    data.command(lambda: plots.main([str(tmp_path / "run")]))
+    classes, matrix = plots.read_predictions(tmp_path / "run/predictions.csv")
+    assert classes == sorted(names) and matrix.sum() == 6  # none of them merged
+    assert Image.open(tmp_path / "run/confusion.png").size[0] > 400
+    data.command(lambda: predict.main([
+        str(tmp_path / "frames" / name / "clip0") for name in names] + ["--clip", world.clip,
+        "--class-names", *names[:4], "--picture", str(tmp_path / "a.png"), "--num-frames", "2"]))
+    sys.stdout.flush()
+    said = sys.stdout.buffer.getvalue().decode()
+    assert r"\u8df3\u821e" in said and r"caf\udce9" in said
+    assert said.count("no font here has the letters") == 2  # pictures
+    assert (tmp_path / "a.png").exists()
+
+
 # ---- predict.py ----
 
 @pytest.mark.parametrize("settings", [dict(), dict(prompts="shallow"), dict(
