@@ -553,7 +553,7 @@ def _find(name):
     OpenAI's in the cache, where it is put unless it is there."""
     if name in _RELEASES:
         return _download(name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # which leaves ~ where there is no home
     if path.is_dir():
         inside = [path / file for file in _FILES if (path / file).is_file()]
         if not inside:
@@ -573,7 +573,8 @@ def _download(name):
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(url, str(path), hash_prefix=_RELEASES[name])
     except (OSError, RuntimeError) as error:  # the second: no home, or a bad transfer
-        raise OSError(f"cannot get {name}: {error}; download {url}, put it at {path}") from None
+        raise OSError(f"cannot get {name}: {error}; download {url}, put it at {path} or name the "
+                      "file itself") from None
     return path
 
 

@@ -667,6 +667,12 @@ def test_releases_are_found_downloaded_and_checked(tmp_path, monkeypatch):
     cached.unlink()
     refused("ViT-B/16", "put it at")
     refused("ViT-B/99")
+    torch.save(small(**PLAIN).state_dict(), tmp_path / "clip.pt")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # neither HOME nor a passwd entry
+    with pytest.raises(OSError, match="cannot get ViT-B/16: Could not determine home"):
+        EZCLIP.from_pretrained("ViT-B/16")
+    assert EZCLIP.from_pretrained(tmp_path / "clip.pt").config == Config(**SMALL)
+    assert not Path("~").exists()
 
 
 def test_the_readme_keeps_its_word(capsys):

@@ -5,7 +5,8 @@
     python examples/lists.py ssv2 labels --frames 20bn-something-something-v2 --out lists/ssv2
     python examples/lists.py csv train.csv val.csv --labels names.csv --frames mine --out lists/mine
 
-and so for hmdb51, diving48 and jester. Rows of csv are `path,label`, `path;label` or `path label`.
+and so for hmdb51, diving48 and jester. Rows of csv are `path,label`, `path;label`, or
+`path [[first frame] number of frames] label`.
 The folder --out receives train.txt and test.txt (train1.txt, test1.txt ... where there are
 splits), lines `<clip> <label>`, and labels.csv, `id,name`; or nothing, where anything is wrong.
 """
@@ -76,10 +77,17 @@ def json_list(path, split):
 
 def path_label(path, split):
     for where, line in data.read_lines(path):
-        separator = re.search("[;,]|$", line)[0] or " "
-        cells = next(csv.reader([line], delimiter=separator))
+        separator = re.search("[;,]|$", line)[0]
+        if separator:
+            cells = next(csv.reader([line], delimiter=separator))
+        else:  # `path [[first frame] number of frames] label`, as of mmaction2
+            row = re.fullmatch(r"(.*?\S)(?:(?:\s+(\d+))?\s+\d+)?\s+(\S+)", line)
+            cells = [row[1], row[3]] if row else []
+            if row and int(row[2] or 0):
+                raise ValueError(f"{where}: {row[1]} begins at frame {row[2]}: parts of clips need "
+                                 "folders of their own")
         if len(cells) != 2 or not all(cells):
-            raise ValueError(f"{where}: expected path{separator}label, not {line!r}")
+            raise ValueError(f"{where}: expected path{separator or ' '}label, not {line!r}")
         clip, label = cells
         if label.lower() not in ("label", "class"):  # else it is a header
             yield where, clip, label.strip()
@@ -158,15 +166,19 @@ def read_dataset(dataset, paths, labels):
 
 
 def kinetics_finder(folders, listed):
-    """As `data.clip_finder`, by names <id>_<start>_<end> with ids in their own case; else by the id
-    alone, among clips whose times no name in the list has."""
-    times = re.compile(r"_\d+_\d+$")
-    named, wanted = {}, set(listed)
+    """As `data.clip_finder`, by names <id>_<start>_<end>, padded or not, with ids in their own case;
+    else by the id alone, among clips whose times no name in the list has."""
+    def key(name):
+        times = re.fullmatch(r"(.+)_(\d+)_(\d+)", name)
+        return (times[1], int(times[2]), int(times[3])) if times else (name,)
+
+    known, wanted = {}, set(map(key, listed))
     for folder in folders:
-        name = Path(folder).stem  # of a folder that is called like a video
-        key = name if name in wanted else times.sub("", name)
-        named.setdefault(key, []).append(folder)
-    return lambda clip: named.get(clip) or named.get(times.sub("", clip), [])
+        clip = key(Path(folder).stem)  # of a folder that is called like a video
+        if clip not in wanted:
+            clip = clip[:1]
+        known.setdefault(clip, []).append(folder)
+    return lambda clip: known.get(key(clip)) or known.get(key(clip)[:1], [])
 
 
 def name_labels(rows, names):

@@ -459,7 +459,8 @@ FILES = {  # as the downloads have them
     "c/train.csv": "path,label\n/x/Archery/a 1.mp4,7\n/x/b,3\n", "c/val.csv": "c.mp4,3\n",
     "c/names.csv": 'id,name\n7,"Archery, aiming"\n3,Clap\n',
     "c/train_names.csv": 'a 1,"Archery, aiming"\nb,Clap\n', "c/test_names.csv": "c.mp4;Clap\n",
-    "c/train.txt": "/x/y/a_1.mp4 7\nb.mp4 3\n", "c/test.txt": "c.mp4 3\n"}
+    "c/train.txt": "/x/y/a_1.mp4 7\nb.mp4 3\n", "c/test.txt": "c.mp4 3\n",
+    "c/train4.txt": "y/a 1 0 120 7\ny/b 90 3\n", "c/test4.txt": "y/c 0 300 3\n"}
 
 UCF_CLIPS = ["Archery/v_Archery_g01_c01", "Archery/v_Archery_g08_c01.avi",
              "HandstandPushups/v_HandstandPushups_g01_c01", "PullUps/v_PullUps_g08_c01"]
@@ -493,6 +494,8 @@ CASES = {  # arguments, clips below FRAMES, names, {split: {position of a clip: 
             CSV_SPLITS),
     "csv blanks": ("c/train.txt c/test.txt --labels c/names.csv", ["x/a_1", "x/b", "x/c"],
                    CSV_NAMES, CSV_SPLITS),
+    "csv of four columns": ("c/train4.txt c/test4.txt --labels c/names.csv",
+                            ["x/a 1", "x/b", "x/c"], CSV_NAMES, CSV_SPLITS),
     "csv names": ("c/train_names.csv c/test_names.csv", ["x/a 1", "x/b", "x/c"],
                   {0: "Archery, aiming", 1: "Clap"}, {"train": {0: 0, 1: 1}, "test": {2: 1}}),
     "csv names and labels": ("c/train_names.csv --labels c/names.csv", ["x/a 1", "x/b", "x/c"],
@@ -555,13 +558,13 @@ def test_lists_of_every_data_set(tmp_path, monkeypatch, capsys, layout, case):
 
 
 def test_kinetics_clips_under_other_names(tmp_path):
-    ids = {"onlybyitsid": "onlybyitsid", "unpaddedtim": "unpaddedtim_4_14.mp4",
-           "othertimes_": "othertimes__000005_000015", "Case_Aaaaaa": "Case_Aaaaaa_000004_000014",
+    ids = {"onlybyitsid": "onlybyitsid", "unpaddedtim": "unpaddedtim_4_14.mp4", "twounpadded":
+           "twounpadded_4_14", "othertimes_": "othertimes__000005_000015", "Case_Aaaaaa": "Case_Aaaaaa_000004_000014",
            "twoclips_aa": "twoclips_aa_000004_000014"}
     rows = [f"x,{id},4,14\n" for id in ids]
     header = "label,youtube_id,time_start,time_end\n"
     write_files(tmp_path, {"train.csv": header + "".join(rows), "val.csv": header + rows[0]})
-    for name in (*ids.values(), "twoclips_aa_000020_000030", "case_aaaaaa_000004_000014"):
+    for name in (*ids.values(), "twoclips_aa_000020_000030", "twounpadded_20_30", "case_aaaaaa_000004_000014"):
         save_frames(tmp_path / "frames" / name, 1)
     command = ["kinetics", str(tmp_path), "--frames", str(tmp_path / "frames"), "--out",
                str(tmp_path / "out")]
@@ -569,7 +572,7 @@ def test_kinetics_clips_under_other_names(tmp_path):
     lines = (tmp_path / "out/train.txt").read_text().splitlines()
     assert lines == [f"{name} 0" for name in ids.values()]
     save_frames(tmp_path / "frames/othertimes__000006_000016", 1)
-    with pytest.raises(ValueError, match="train.csv:4: othertimes__000004_000014 fits all of "
+    with pytest.raises(ValueError, match="train.csv:5: othertimes__000004_000014 fits all of "
                        "othertimes__000005_000015, othertimes__000006_000016"):
         lists.main(command)
 
@@ -619,6 +622,7 @@ SSV2_FILES = {"train.json": '[{"id": "1", "template": "Clap"}]',
     ("csv", {"train.csv": "1,0\n"}, "{at}/train.csv:1: label 0 has no name"),
     ("csv", {"train.csv": "1,clap\n", "names.csv": "0,Clap\n1,CLAP\n"},
      "{at}/train.csv:1: clap may stand for Clap or for CLAP"),
+    ("csv", {"train.txt": "1 0 9 0\n2 5 9 0\n"}, "train.txt:2: 2 begins at frame 5: parts"),
     ("csv", {"train.csv": "1,Clap,x\n"}, "{at}/train.csv:1: expected path,label, not '1,Clap,x'")])
 def test_broken_lists_are_named(tmp_path, capsys, dataset, files, word):
     at = tmp_path / "lists"
