@@ -564,5 +564,6 @@ def command(main):
                 text += "; where shared memory is small, as in Docker, --workers 0 does without"
         elif not isinstance(error, (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError)):
             raise  # somebody's bug
+        error.__traceback__ = None  # in which loading processes live on, for five seconds
     print("error:", " ".join(text.split()), file=sys.stderr)
     sys.exit(status)

@@ -662,6 +662,9 @@ class _WeightsFile:
         # train.py saves what it has trained and names the rest
         self.partial = "clip_sha256" in self.content and "visual.conv1." not in self.names
         self.adapted = self.partial or re.search("(?i)adapter|prompt", self.names) is not None
+        if not self.partial:  # before a model is made for it
+            first, = self.keys("visual.conv1.weight")
+            self.refuse("missing", [first][:first not in self.state])
 
     def keys(self, name):
         """The file's keys of one of our parameters: Hugging Face keeps q, k and v apart."""
