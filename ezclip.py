@@ -490,8 +490,8 @@ _RELEASES = {  # name: SHA-256
     "ViT-L/14": "b8cca3fd41ae0c99ba7e8951adf17d267cdb84cd88be6f7c2e0eca1737a03836",
     "ViT-L/14@336px": "3035c92b350959924f9f00213499208652fc7ea050643e8b385c2dac08641f02",
 }
-_FILES = ("model.safetensors", "open_clip_model.safetensors", "pytorch_model.bin",
-          "open_clip_pytorch_model.bin")  # of a folder, the first that is there
+_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
+          "pytorch_model.bin")  # of a folder, the first that is there
 # What a file may be that cannot be read, by its first bytes.
 _NO_WEIGHTS = {b"version https": ": it is a git-lfs pointer, not the file itself",
                b"<!": ": it is a web page", b"<html": ": it is a web page",
@@ -664,7 +664,8 @@ class _WeightsFile:
         self.adapted = self.partial or re.search("(?i)adapter|prompt", self.names) is not None
         if not self.partial:  # before a model is made for it
             first, = self.keys("visual.conv1.weight")
-            self.refuse("missing", [first][:first not in self.state])
+            if first not in self.state:
+                self.refuse("missing", [first])
 
     def keys(self, name):
         """The file's keys of one of our parameters: Hugging Face keeps q, k and v apart."""
@@ -680,7 +681,8 @@ class _WeightsFile:
         config = self.content.get("config")
         if "clip_sha256" in self.content and isinstance(config, dict):  # train.py's
             for field in ("num_frames", "activation", "vision_heads", "text_heads", "mean", "std"):
-                settled[field] = config.get(field)
+                if field in config:
+                    settled[field] = config[field]
         for name, dim, field in _SIZES:
             tensor = self.state.get(*self.keys(name))
             if tensor is not None and tensor.ndim > dim:

@@ -4,6 +4,7 @@
     python train.py --data ucf101_frames --resume              # the same command goes on
     python train.py --data hmdb51_frames --checkpoint runs/ucf101_frames/last.pt --eval-only
     python train.py --data ucf101_frames --eval-only --out runs/plain   # CLIP, nothing learnt
+    torchrun --nproc-per-node 4 train.py --data ucf101_frames  # on four GPUs
 
 A run's folder, runs/<data> or --out, receives last.pt, log.csv, results.json and predictions.csv.
 Another program makes `args = parser().parse_args(["--out", folder, ...])`, takes Splits of clips
@@ -12,6 +13,7 @@ train(model, split, args) and evaluate(model, test, args).
 """
 
 import argparse
+import atexit
 import contextlib
 import csv
 import hashlib
@@ -30,7 +32,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torchvision
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 import data
@@ -61,6 +65,64 @@ def template(text):
     return text
 
 
+# ---- one process or several ----
+
+def join_processes(args):
+    """Under torchrun: become one of its processes, on a GPU of its own. Only the first one prints
+    and writes."""
+    if "RANK" not in os.environ or dist.is_initialized():
+        return
+    backend = "gloo"
+    if args.device.startswith("cuda"):
+        gpus = torch.cuda.device_count()
+        if gpus >= int(os.environ["LOCAL_WORLD_SIZE"]):
+            backend = "nccl"
+        args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}"
+        torch.cuda.set_device(args.device)
+    dist.init_process_group(backend)
+    atexit.register(dist.destroy_process_group)
+    if rank():
+        sys.stdout = open(os.devnull, "w")
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def processes():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def my_share(count):
+    """Which of `count` things are this process's, a range."""
+    return range(rank() * count // processes(), (rank() + 1) * count // processes())
+
+
+def exchange(collective, *arguments):
+    """Call a function of torch.distributed, if there are other processes that do, too."""
+    if dist.is_initialized():
+        try:
+            collective(*arguments)
+        except RuntimeError as error:
+            if "DataLoader" in str(error):  # it is a loading process of our own
+                raise
+            if rank() > 1:  # one or two may say so
+                sys.exit(2)
+            raise OSError(f"another process has ended: {error}") from None
+
+
+def add_up(tensor):
+    """Make a tensor the sum of those of all processes."""
+    exchange(dist.all_reduce, tensor)
+
+
+def gathered(items):
+    """The lists of all processes, one after another."""
+    parts = [items] * processes()
+    exchange(dist.all_gather_object, parts, items)
+    return sum(parts, [])
+
+
 def add_model_flags(p):
     """The flags that `build_model` needs, also for other programs' parsers."""
     flag = p.add_argument
@@ -84,6 +146,8 @@ def add_model_flags(p):
         device = "cuda"
     flag("--device", type=usable_device, default=device,
          help="cuda, cuda:1, mps or cpu (%(default)s)")
+    flag("--precision", choices=("fp32", "bf16"), help="of products and sums in the model (bf16 on "
+         "cuda, else fp32)")
 
 
 def parser():
@@ -128,6 +192,8 @@ def parser():
     flag("--workers", type=at_least(0), default=min(8, os.cpu_count()),
          help="processes that load clips (%(default)s)")
     flag("--compile", action="store_true", help="let torch.compile speed the model up")
+    flag("--chunk", type=at_least(1), metavar="N", help="encode N clips at a time, each piece twice: "
+         "a batch takes the memory of N clips (the batch, or each process's share)")
     flag("--recompute", action="store_true",
          help="gradient checkpointing, block by block: less memory, more time")
     return p
@@ -197,8 +263,10 @@ def tokens_of(classes, args, context_length=77):
 
 
 def autocast(args):
-    """bf16 on CUDA, fp32 elsewhere."""
-    return torch.autocast("cuda", torch.bfloat16, enabled=args.device.startswith("cuda"))
+    """The precision of the model: bf16, by default on CUDA, or fp32."""
+    device = args.device.split(":")[0]
+    precision = args.precision or ("bf16" if device == "cuda" else "fp32")
+    return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
 def encode_classes(classes, args, model):
@@ -219,16 +287,18 @@ def evaluate(model, split, args):
     """
     model.eval()
     dataset = data.Clips(split, model.config.num_frames, model.config.image_size)
-    n = len(dataset)
+    mine = my_share(len(dataset))
     keys = []
-    for start in range(0, n, args.batch_size):  # the last batch may be smaller: all clips count
-        keys.append([(0, i) for i in range(start, min(n, start + args.batch_size))])
+    for start in mine[::args.batch_size]:  # the last batch may be smaller: all clips count
+        keys.append([(0, i) for i in range(start, min(mine.stop, start + args.batch_size))])
     texts = encode_classes(split.classes, args, model)
     top1, top5, predictions = 0, 0, []
-    bar = tqdm(data.loader(dataset, keys, args.workers), "test", len(keys), leave=False, disable=None)
+    bar = tqdm(data.loader(dataset, keys, args.workers), "test", len(keys), leave=False,
+               disable=rank() > 0 or None)
     for videos, labels, indices in bar:
         with autocast(args):
-            features = model.encode_video(videos.to(args.device))
+            frames = model.encode_frames(videos.to(args.device))
+        features = model.pool(frames.float())
         probabilities = class_probabilities(features, texts).cpu()  # (B, classes)
         if not probabilities.isfinite().all():
             raise ValueError("the model's features are not finite: its weights are broken")
@@ -242,6 +312,10 @@ def evaluate(model, split, args):
                 prediction[f"class{k + 1}"] = split.classes[best[row, k]]
                 prediction[f"p{k + 1}"] = p[row, k].item()
             predictions.append(prediction)
+
+    predictions = gathered(predictions)
+    top1, top5 = sum(gathered([top1])), sum(gathered([top5]))
+    n = len(predictions)
     return {"top1": round(100 * top1 / n, 2), "top5": round(100 * top5 / n, 2), "n": n,
             "classes": len(split.classes), "split": split.source, "predictions": predictions}
 
@@ -253,6 +327,8 @@ def columns(name, result):
 
 def write(path, save):
     """Write a file as a whole or not at all: save(temporary file), flush to the disk, rename."""
+    if rank():
+        return
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -353,6 +429,90 @@ def load_run(path, identity, weights, optimizer):
         raise ValueError(f"{path}: is no checkpoint of a run, or a damaged one") from None
 
 
+def my_pieces(count, chunk):
+    """The pieces of a batch of `count` clips that this process encodes: (number, start, stop)."""
+    numbers = my_share(math.ceil(count / chunk))
+    return [(k, k * chunk, min(count, (k + 1) * chunk)) for k in numbers]
+
+
+def seed_draws(*numbers):
+    torch.manual_seed(np.random.SeedSequence(numbers).generate_state(1).item())
+
+
+def take_step(model, videos, tokens, labels, pieces, args, step):
+    """Leave the gradients of a step in the weights, those of this process's `pieces`; returns the
+    losses of the whole batch: total, contrastive, motion.
+
+    videos: (b, T, 3, S, S) of the clips in `pieces`; tokens: (B, L) and labels: (B,) of all.
+
+    The loss compares all clips with each other, but only by their features. So the step is split
+    there: each piece is encoded, the loss gives the gradient of the features, and each piece is
+    encoded once more, with the same draws, to lead its share on to the weights. No more memory is
+    needed than for one piece (Gao et al. 2021). The last piece is not encoded again.
+    """
+    def encode(number, start, stop):
+        first = pieces[0][1]  # of the clips in `videos`
+        seed_draws(args.seed, step, 1 + number)
+        with autocast(args):
+            part = videos[start - first:stop - first].to(args.device, non_blocking=True)
+            frames = model.encode_frames(part)
+            texts = model.encode_text(tokens[start:stop].to(args.device))
+        return frames.float(), texts.float()
+
+    # features, where the clips of other processes are zeros until they are added up
+    B, T, E = len(labels), model.config.num_frames, model.config.embed_dim
+    frames = torch.zeros(B, T, E, device=args.device)
+    texts = torch.zeros(B, E, device=args.device)
+    for piece in pieces:
+        encoded = None  # frees the graph of the piece before
+        encoded = encode(*piece)
+        _, start, stop = piece
+        frames[start:stop], texts[start:stop] = encoded[0].detach(), encoded[1].detach()
+    add_up(frames)
+    add_up(texts)
+
+    # the loss, and back to the features
+    frames.requires_grad_()
+    texts.requires_grad_()
+    contrastive = contrastive_loss(model.similarity(model.pool(frames), texts), labels.to(args.device))
+    motion = motion_loss(frames)
+    loss = contrastive + args.motion_weight * motion
+    loss.backward()
+    if rank():  # what lies behind the features has its gradient in every process: it counts once
+        model.zero_grad()
+
+    # back to the weights
+    for piece in reversed(pieces):
+        if encoded is None:
+            encoded = encode(*piece)
+        _, start, stop = piece
+        outputs, gradients = [], []
+        for output, features in zip(encoded, (frames, texts)):
+            if output.requires_grad:  # else nothing in its tower is trained
+                outputs.append(output)
+                gradients.append(features.grad[start:stop])
+        torch.autograd.backward(outputs, gradients)
+        encoded = None
+    return torch.stack([loss, contrastive, motion]).tolist()
+
+
+def add_up_gradients(weights):
+    """Add up the gradients of all processes, in one exchange."""
+    if processes() == 1:
+        return
+    known = torch.tensor([float(w.grad is not None) for w in weights], device=weights[0].device)
+    add_up(known)
+    gradients = []
+    for weight, count in zip(weights, known.tolist()):
+        if count and weight.grad is None:
+            weight.grad = torch.zeros_like(weight)
+        if count:
+            gradients.append(weight.grad)
+    flat = parameters_to_vector(gradients)
+    add_up(flat)
+    vector_to_parameters(flat, gradients)
+
+
 def train(model, split, args, tests=None):
     """Train on the clips of a Split, or with --resume go on where last.pt in --out stands.
 
@@ -374,49 +534,50 @@ def train(model, split, args, tests=None):
     per_epoch = max(1, len(clips) // args.batch_size)
     total = args.epochs * per_epoch
     warmup = min(args.warmup_epochs * per_epoch, total / 10)
+    chunk = args.chunk or math.ceil(args.batch_size / processes())
     optimizer = make_optimizer(weights, args)
 
     # what last.pt holds beside weights and optimizer
     digest = hashlib.sha256(repr(clips).encode() + tokens.numpy().tobytes()).hexdigest()
-    identity = {"args": vars(args), "classes": split.classes, "data_sha256": digest,
-                "clip": model.weights_path, "clip_sha256": model.weights_sha256,
-                "config": asdict(model.config)}
+    identity = {"args": {**vars(args), "chunk": chunk}, "classes": split.classes,
+                "data_sha256": digest, "clip": model.weights_path,
+                "clip_sha256": model.weights_sha256, "config": asdict(model.config)}
     step, rows, sums = 0, [], [0.0] * 4  # sums of the epoch: three losses, and seconds
     if args.resume and (out / "last.pt").exists():
         step, rows, sums = load_run(out / "last.pt", identity, weights, optimizer)
         print(f"resumed at step {step} of {total}")
 
-    keys = batches(len(clips), args.batch_size, step, total, args.seed)
-    stream = data.loader(dataset, keys, args.workers, args.device.startswith("cuda"))
-    bar = tqdm(stream, "train", total, initial=step, unit="step", disable=None)
+    def shares():  # the part of each batch that this process loads
+        for batch in batches(len(clips), args.batch_size, step, total, args.seed):
+            pieces = my_pieces(len(batch), chunk)
+            yield batch[pieces[0][1]:pieces[-1][2]] if pieces else batch[:1]
+
+    stream = data.loader(dataset, shares(), args.workers, args.device.startswith("cuda"))
+    bar = tqdm(stream, "train", total, initial=step, unit="step", disable=rank() > 0 or None)
     clock = saved_at = time.monotonic()
     waited = 0.0  # for clips, in this epoch
     with stop_signals() as stopped:
-        for videos, labels, indices in bar:
+        whole = batches(len(clips), args.batch_size, step, total, args.seed)
+        for batch, (videos, _, _) in zip(whole, bar):
             # draws and learning rates of this step
             waited += time.monotonic() - clock
-            torch.manual_seed(np.random.SeedSequence((args.seed, step)).generate_state(1).item())
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, warmup, total)
+            labels = torch.tensor([clips[i][1] for _, i in batch])
+            seed_draws(args.seed, step)
             drawn = torch.randint(len(tokens), labels.shape)  # a template for each clip
+            texts = tokens[drawn, labels]
 
-            # forward
+            # forward and backward
             model.train()
-            with autocast(args):
-                frames = model.encode_frames(videos.to(args.device, non_blocking=True))
-                texts = model.encode_text(tokens[drawn, labels].to(args.device))
-            logits = model.similarity(model.pool(frames.float()), texts)
-            contrastive = contrastive_loss(logits, labels.to(args.device))
-            motion = motion_loss(frames)
-            loss = contrastive + args.motion_weight * motion
-            losses = torch.stack([loss, contrastive, motion]).tolist()
-            if not math.isfinite(losses[0]):
-                raise ArithmeticError(f"step {step}: the loss is {losses[0]}, a lower --lr may help;"
-                                      f" clips: {', '.join(clips[i][0] for i in indices)}")
-
-            # backward
             optimizer.zero_grad()
-            loss.backward()
+            pieces = my_pieces(len(batch), chunk)
+            losses = take_step(model, videos, texts, labels, pieces, args, step)
+            if not math.isfinite(losses[0]):
+                names = ", ".join(clips[i][0] for _, i in batch)
+                raise ArithmeticError(f"step {step}: the loss is {losses[0]}, a lower --lr may help;"
+                                      f" clips: {names}")
+            add_up_gradients([*weights.values()])
             optimizer.step()
             step += 1
             now = time.monotonic()
@@ -427,7 +588,7 @@ def train(model, split, args, tests=None):
             # once per epoch: log, and evaluate
             if step % per_epoch == 0:
                 row = {"epoch": step // per_epoch, "lr": optimizer.param_groups[0]["lr"],
-                       "seconds": sums[3], "clips/s": per_epoch * len(labels) / sums[3]}
+                       "seconds": sums[3], "clips/s": per_epoch * len(batch) / sums[3]}
                 for name, value in zip(("loss", "contrastive", "motion"), sums):
                     row[name] = value / per_epoch
                 if args.eval_every and row["epoch"] % args.eval_every == 0 and step < total:
@@ -437,7 +598,9 @@ def train(model, split, args, tests=None):
                 write_csv(out / "log.csv", rows)
 
             # once in a while: save
-            if step % per_epoch == 0 or stopped or now - saved_at > SAVE_SECONDS:
+            stop = torch.tensor(float(len(stopped)), device=args.device)
+            add_up(stop)  # all processes stop after the same step
+            if step % per_epoch == 0 or stop or now - saved_at > SAVE_SECONDS:
                 # the update of this step may have broken what its loss did not show
                 if not all(p.isfinite().all() for p in weights.values()):
                     raise ArithmeticError(f"step {step}: the weights are no longer finite, and not "
@@ -447,7 +610,9 @@ def train(model, split, args, tests=None):
                               "optimizer": optimizer.state_dict()}
                 write(out / "last.pt", lambda file: torch.save(checkpoint, file))
                 saved_at = now
-            if stopped:
+            if stop and rank():
+                sys.exit(130)  # one of them says so
+            if stop:
                 raise KeyboardInterrupt(f"stopped; step {step} of {total} is saved: the same "
                                         "command with --resume goes on")
             clock = time.monotonic()
@@ -507,6 +672,7 @@ def write_results(args, command, **content):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parser().parse_args(argv)
+    join_processes(args)
     if not args.data:
         raise ValueError("--data is needed, a folder of frames")
     name = Path(args.data).resolve().name

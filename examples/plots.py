@@ -55,7 +55,10 @@ def fonts_for(text):
     for path in [font_manager.findfont("DejaVu Sans"), *sorted(font_manager.findSystemFonts())]:
         if not missing:
             break
-        font = font_manager.get_font(path)
+        try:
+            font = font_manager.get_font(path)
+        except (OSError, RuntimeError):  # no font, or one of pictures
+            continue
         known = {chr(code) for code in font.get_charmap()}
         if missing & known:
             font_manager.fontManager.addfont(path)  # it may be newer than matplotlib's list
