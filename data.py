@@ -47,16 +47,21 @@ TEMPLATES = (  # of the official code
 
 # ---- names of classes ----
 
+def nfc(name):
+    """Unicode's NFC of a name: macOS' folders have letters and their accents apart."""
+    return unicodedata.normalize("NFC", name)
+
+
 @functools.cache  # 240,000 clips ask for few classes: lists are read in 6 s instead of 13
 def class_text(name):
     """A class name in words: ApplyEyeMakeup -> apply eye makeup, brush_hair -> brush hair."""
-    name = unicodedata.normalize("NFC", name)  # macOS' folders have letters and accents apart
     return re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name.replace("_", " ")).lower()
 
 
 def find_name(name, names):
     """The one of `names` that is spelled like `name`; or else the only one that differs from it in
     case, blanks, underscores or camel case; or else None. ValueError where several do."""
+    name = nfc(name)
     if name in names:
         return name
     words = class_text(name).split()
@@ -67,9 +72,9 @@ def find_name(name, names):
 
 
 def read_text(path):
-    """A text file in UTF-8, all line ends as newlines. ValueError for another encoding."""
+    """A text file in UTF-8, in NFC, all line ends as newlines. ValueError for another encoding."""
     try:
-        return Path(path).read_text("utf-8-sig")
+        return nfc(Path(path).read_text("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error.reason})") from None
 
@@ -81,22 +86,26 @@ def read_lines(path):
 
 
 def read_labels(path):
-    """{number: class name}, by number, of lines `id,name` or `id name` and perhaps a header; or of
-    a name per line, which count from 0. ValueError that names the line that does not fit."""
+    """{number: class name}, by number, of lines `id,name` or, from 0 or 1 on, `id name`, and perhaps
+    a header; or of a name per line, which count from 0. ValueError names what does not fit."""
     lines = read_lines(path)
-    entries = [re.fullmatch(r"(\d+)\s*[,\s]\s*(.+)", line) for _, line in lines]
-    # names may begin with a number too (360 flip): it is the class's where half of the lines do
-    numbered = 2 * sum(map(bool, entries)) >= len(lines)
+    entries = [re.fullmatch(r"(\d+)(\s*,\s*|\s+)(.+)", line) for _, line in lines]
+    found = [(int(entry[1]), "," in entry[2]) for entry in entries if entry]
+    # names may begin with numbers too (360 flip): these are not half of the lines, or not 0, 1, 2
+    start = min(found)[0] if found else 0
+    counted = [number for number, _ in sorted(found)] == list(range(start, start + len(found)))
+    counted = counted and start < 2 or any(comma for _, comma in found)
+    numbered = counted and 2 * len(found) >= len(lines)
     names = {}
     for i, (where, line) in enumerate(lines):
         number, name = i, line
         if numbered and entries[i]:
-            number = int(entries[i][1])
-            name = ",".join(next(csv.reader([entries[i][2]])))  # commas may stand without quotes
-        elif numbered and i == 0:
+            number, name = int(entries[i][1]), entries[i][3]
+        elif numbered and i == 0 and re.match(r"(id|index|label|number|class)\w*\W", line, re.I):
             continue  # a header
         elif numbered:
             raise ValueError(f"{where}: expected id,name and not {line!r}")
+        name = ",".join(next(csv.reader([name])))  # commas may stand without quotes
         if number in names or name in names.values():
             raise ValueError(f"{where}: {line!r} has a number or a name for the second time")
         names[number] = name
@@ -193,6 +202,8 @@ def clip_folders(root):
         folders = []
         with os.scandir(root / path) as entries:
             for entry in entries:
+                if entry.is_symlink() and not os.path.exists(entry.path):
+                    raise ValueError(f"{entry.path}: is a link to nothing")
                 if entry.is_dir():
                     part = left_out if entry.name.startswith(NO_CLIPS) else folders
                     part.append(os.path.join(path, entry.name))
@@ -218,7 +229,7 @@ def clip_folders(root):
 
 def class_folder(clip):
     """The name of the folder that a clip lies in, "" if there is none."""
-    return Path(clip).parent.name
+    return nfc(Path(clip).parent.name)
 
 
 def test_clips(folders):
@@ -257,7 +268,7 @@ def clip_finder(folders, listed):
         stem, suffix = os.path.splitext(name.lower())
         if suffix not in VIDEOS:
             stem += suffix
-        return class_text("".join(parents[-1:])), unicodedata.normalize("NFC", stem)
+        return class_text(nfc("".join(parents[-1:]))), nfc(stem)
 
     known, classes = {}, set()
     for folder in folders:
@@ -273,8 +284,9 @@ def clip_finder(folders, listed):
         if not has_classes:
             parent = ""
         found = known.get((parent, name), [])
-        stem, suffix = os.path.splitext(path.replace("\\", "/"))
-        spelled = [f for f in found if f"/{stem}{suffix}".endswith((f"/{f}", f"/{f}{suffix}"))]
+        path = "/" + nfc(path.replace("\\", "/"))
+        suffix = os.path.splitext(path)[1]
+        spelled = [f for f in found if path.endswith((nfc(f"/{f}"), nfc(f"/{f}{suffix}")))]
         return spelled or found
     return find
 
@@ -385,9 +397,11 @@ def to_rgb(image):
     transparent lies on black. ValueError for floats, which have no range."""
     if image.mode == "F":
         raise ValueError("floats have no range to be scaled by")
-    if image.mode.startswith("I"):  # 16 bits, or 32; PNGs have 16, whatever the mode
-        top = 2**31 - 1 if image.mode == "I" and image.format != "PNG" else 2**16 - 1
-        image = Image.fromarray((np.asarray(image) * (255 / top)).round().astype(np.uint8))
+    if image.mode.startswith("I"):  # 16 bits, or 32; PNG and PGM have 16, whatever the mode
+        top = 2**31 - 1 if image.mode == "I" and image.format not in ("PNG", "PPM") else 2**16 - 1
+        values = np.array(image)
+        values[values == image.info.get("transparency")] = 0
+        image = Image.fromarray((values * (255 / top)).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         black = Image.new("RGBA", image.size, "black")
@@ -495,6 +509,10 @@ def loader(clips, batches, workers, pin_memory=False):
     of keys of a Clips."""
     stream = DataLoader(clips, batch_sampler=batches, num_workers=workers, collate_fn=_collate,
                         pin_memory=pin_memory, worker_init_fn=_start_worker)
+    try:
+        stream = iter(stream)
+    except OSError as error:  # shared memory is full, for example
+        raise OSError(f"loading processes cannot start: {error}; --workers 0 does without") from None
     for videos, labels, indices in stream:
         yield videos, torch.tensor(labels), torch.tensor(indices)
 

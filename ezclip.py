@@ -492,10 +492,12 @@ _RELEASES = {  # name: SHA-256
 }
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
           "pytorch_model.bin")  # of a folder, the first that is there
-# What a file may be that cannot be read, by its first bytes.
+# What a file may be that cannot be read, by its first letters, and what a model, by its names.
 _NO_WEIGHTS = {b"version https": ": it is a git-lfs pointer, not the file itself",
-               b"<!": ": it is a web page", b"<html": ": it is a web page",
-               b'{"': ": it is JSON, like the index of a model in several files"}
+               b"<": ": it is a web page",
+               b"{": ": it is JSON, like the index of a model in several files"}
+_NO_VIT = {"visual.layer1.": "is a ResNet CLIP, not a ViT",
+           "visual.trunk.": "has a vision tower of timm, as ConvNeXt, and not CLIP's ViT"}
 # Our parameter names and those of others, replaced in this order: so errors name a file's own keys.
 _OFFICIAL = """
     temporal_adapter.fc             T_Adapter.D_fc
@@ -534,9 +536,9 @@ _CONFIGS = """
     text_mlp_width    text_config.intermediate_size        2048   text_cfg.mlp_ratio       4
     context_length    text_config.max_position_embeddings  77     text_cfg.context_length  77
     vocab_size        text_config.vocab_size               49408  text_cfg.vocab_size      49408"""
-# What no weight tells either, and the values that there is code for.
-_PLAIN = {"layer_norm_eps": (1e-5,), "pool_type": ("tok", "argmax"), "no_causal_mask": (False,),
-          "act_kwargs": (None,), "norm_kwargs": (None,)}
+# What no weight tells either, and the values, beside none, that there is code for.
+_PLAIN = {"layer_norm_eps": [1e-5], "pool_type": ["tok", "argmax"], "no_causal_mask": [],
+          "act_kwargs": [], "norm_kwargs": []}
 _IGNORED = r"(.*\.)?(input_resolution|context_length|vocab_size|position_ids|attn_mask)"
 _SIZES = (  # a parameter, one of its dimensions, and what this is in a Config
     ("visual.conv1.weight", 0, "vision_width"), ("visual.conv1.weight", 2, "patch_size"),
@@ -557,7 +559,8 @@ def _find(name):
     if path.is_dir():
         inside = [path / file for file in _FILES if (path / file).is_file()]
         if not inside:
-            raise FileNotFoundError(f"{path}: is a folder without any of {', '.join(_FILES)}")
+            raise FileNotFoundError(f"{path}: is a folder without any of {', '.join(_FILES)}; a "
+                                    "model in several files is not read")
         path = inside[0]
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file, nor one of {', '.join(_RELEASES)}")
@@ -588,38 +591,40 @@ def _config_beside(path, hugging_face):
         return {}, None
     try:
         content = json.loads(source.read_text("utf-8"))
-        open_clip = "model_cfg" in content
-        if not open_clip and "vision_config" not in content and content.get("model_type") != "clip":
-            return {}, None  # somebody else's config.json
         model, pixels, said = content.get("model_cfg", content), content.get("preprocess_cfg", {}), {}
+        open_clip = model is not content
+        if not open_clip:
+            if "vision_config" not in model and model.get("model_type") != "clip":
+                return {}, None  # somebody else's config.json
+            for section in ("vision_config", "text_config"):  # where older files have changes beside
+                model[section] = model.get(f"{section}_dict") or model.get(section, {})
+            for name in ("processor_config.json", "preprocessor_config.json"):
+                if path.with_name(name).is_file():
+                    pixels = json.loads(path.with_name(name).read_text("utf-8"))
+                    pixels = pixels.get("image_processor", pixels)
+
         for row in _CONFIGS.strip().split("\n"):
             field, *columns = row.split()
             key, default = columns[2:] if open_clip else columns[:2]
             section, _, key = key.rpartition(".")
             part = model.get(section, {}) if section else model
             said[field] = part.get(key, int(default))
-        for section in ("vision_cfg", "text_cfg", "vision_config", "text_config"):
             for key, plain in _PLAIN.items():
-                value = model.get(section, {}).get(key, plain[0])
-                if value not in plain:
-                    raise ValueError(f"{section} has {key} {value!r}, for which there is no code")
-
+                if part.get(key) and part[key] not in plain:
+                    raise ValueError(f"{section} has {key} {part[key]!r}, for which there is no code")
         if open_clip:
             said["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
             said["vision_heads"] = said["vision_width"] // said["vision_heads"]  # by their width
             for tower in ("vision", "text"):
                 said[f"{tower}_mlp_width"] = int(said[f"{tower}_width"] * said[f"{tower}_mlp_width"])
         else:
-            activations = [model.get(section, {}).get("hidden_act", "quick_gelu")
-                           for section in ("vision_config", "text_config")]
-            said["activation"] = activations[0]
-            if activations[0] != activations[1]:
-                raise ValueError(f"its towers have different activations, {activations}")
-            beside = path.with_name("preprocessor_config.json")
-            if beside.is_file():
-                pixels = json.loads(beside.read_text("utf-8"))
+            said["activation"] = model["vision_config"].get("hidden_act", "quick_gelu")
+            if said["activation"] != model["text_config"].get("hidden_act", "quick_gelu"):
+                raise ValueError("its towers have different activations")
         for field, value in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
             said[field] = tuple(pixels.get(field, pixels.get(f"image_{field}", value)))
+        if isinstance(said["image_size"], list) and len({*said["image_size"]}) == 1:
+            said["image_size"] = said["image_size"][0]
         Config(**said)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
         raise ValueError(f"{source}: is no config of a CLIP that can be read: {error}") from None
@@ -635,9 +640,13 @@ class _WeightsFile:
         if self.sha256 != _RELEASES.get(name, self.sha256):
             raise ValueError(f"{self.path}: SHA-256 is not that of {name}: delete the file")
         self.content = state = read_weights(self.path)
-        for key in ("model_state_dict", "state_dict"):
+        for key in ("model_state_dict", "state_dict", "model"):
             if isinstance(state.get(key), dict):
                 state = state[key]
+        self.names = "\n".join(map(str, state))
+        for part, kind in _NO_VIT.items():
+            if part in self.names:
+                raise ValueError(f"{self.path}: {kind}")
         self.state = {}
         for key, tensor in state.items():
             if re.fullmatch(_IGNORED, str(key)):
@@ -654,7 +663,6 @@ class _WeightsFile:
         # wrappers put a prefix before all keys, and may be stacked
         wrappers = r"((module|model|_orig_mod)\.)*"
         self.prefix = re.match(wrappers, os.path.commonprefix([*self.state]))[0]
-        self.names = "\n".join(self.state)
         self.table = _HUGGING_FACE if "vision_model." in self.names else ""
         if "Adapter." in self.names or "T_prompt" in self.names:
             self.table = _OFFICIAL
@@ -678,7 +686,7 @@ class _WeightsFile:
     def settled(self):
         """The fields of Config that the file settles: sizes, and what was trained in which way."""
         settled = {}
-        config = self.content.get("config")
+        config = self.content.get("config", self.content)
         if "clip_sha256" in self.content and isinstance(config, dict):  # train.py's
             for field in ("num_frames", "activation", "vision_heads", "text_heads", "mean", "std"):
                 if field in config:
@@ -741,9 +749,7 @@ class _WeightsFile:
         """ValueError for keys, if there are any, which says what the file may be."""
         if keys:
             kind = "does not fit a CLIP ViT"
-            if "visual.layer1." in self.names:
-                kind = "is a ResNet CLIP, not a ViT"
-            elif re.search(r"-of-\d+\.", self.path.name):
+            if re.search(r"-of-\d+\.", self.path.name):
                 kind = "is one of the several files of a model"
             more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
             raise ValueError(f"{self.path}: {kind}, {problem}: {', '.join(keys[:8])}{more}")
@@ -765,8 +771,9 @@ def read_weights(path):
                 content = _unpickle(file)
         except Exception as error:  # there is no bound to what a hostile file makes a reader raise
             reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            hint = next((hint for start, hint in _NO_WEIGHTS.items() if head.startswith(start)), "")
-            raise ValueError(f"{path}: cannot be read as weights: {reason}{hint}") from None
+            start = head.lstrip(b"\xef\xbb\xbf \r\n\t")
+            hint = [hint for letters, hint in _NO_WEIGHTS.items() if start.startswith(letters)]
+            raise ValueError(f"{path}: cannot be read as weights: {reason}{''.join(hint)}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is no dict of names and tensors")
     return content

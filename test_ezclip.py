@@ -497,12 +497,17 @@ def test_what_no_weight_tells_is_said_or_asked_for(tmp_path):
     def write(**changes):
         config.write_text(json.dumps({**said, **changes}))
 
-    write()
+    write(vision_config_dict=None)
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0, 0.25, 0.5]}')
     loaded = EZCLIP.from_pretrained(tmp_path).config
     assert loaded.activation == "gelu" and loaded.vision_heads == 4 and loaded.text_heads == 8
     assert loaded.mean == (0, 0.25, 0.5) and loaded.std == ezclip.CLIP_STD
     assert EZCLIP.from_pretrained(path, vision_heads=2).config.vision_heads == 2
+    (tmp_path / "preprocessor_config.json").unlink()
+    (tmp_path / "processor_config.json").write_text('{"image_processor": {"image_std": [1, 1, 1]}}')
+    write(vision_config_dict={**vision, "num_attention_heads": 8})
+    loaded = EZCLIP.from_pretrained(tmp_path).config
+    assert loaded.vision_heads == 8 and loaded.std == (1, 1, 1)
     for changes, word in (
             (dict(vision_config={**vision, "hidden_size": 64}), "vision_width 64, but .* have 128"),
             (dict(projection_dim=8), "says embed_dim 8"), (dict(text_config={}), "activations"),
@@ -535,16 +540,18 @@ def test_files_that_do_not_fit_say_why(tmp_path):
             (clip, {**state, key: state[key].long()}, "tensors? of weights"),
             (clip, {**state, "note": "text"}, "note"), (clip, {}, "visual.conv1"),
             (clip, [1, 2], "dict"), (clip, resnet | state, "ResNet"),
-            (clip, resnet | no_patches, "ResNet"), (part, no_patches, "shard|several files|part"),
+            (clip, {**resnet, "visual.bn1.num_batches_tracked": torch.tensor(1)}, "ResNet"),
+            (clip, {"visual.trunk.stem.0.weight": torch.ones(1)}, "ConvNeXt"), (part, no_patches, "shard|several files|part"),
             (clip, b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "lfs"),
             (clip, b"<!DOCTYPE html><html>", "web page"), (clip, b"", "cannot be read"),
-            (clip, b'{"metadata": {}, "weight_map": {}}', "JSON|index")):
+            (clip, b"\xef\xbb\xbf\n <HTML>", "web page"),
+            (clip, b'{\n  "metadata": {}, "weight_map": {}}', "JSON|index")):
         if isinstance(content, bytes):
             path.write_bytes(content)
         else:
             torch.save(content, path)
         refused(path, word)
-    refused(tmp_path, "folder")
+    refused(tmp_path, "folder .*several files")
 
 
 def test_official_checkpoints_settle_what_they_hold(tmp_path):
@@ -814,6 +821,9 @@ def test_pixels_of_all_kinds_of_images(tmp_path):
         assert abs(read(image, **options) - 255 * ramp[..., None]).max() <= 1
     with pytest.raises(ValueError, match="a.png: .*floats"):
         read(Image.fromarray(ramp.astype(np.float32)), format="TIFF")
+    values = (65535 * ramp).astype(np.uint16)
+    values[:9] = 40_000
+    assert (read(Image.fromarray(values), transparency=40_000)[:9] == 0).all()
     pixels = rng.integers(256, size=(20, 30, 3), dtype=np.uint8)
     turned = {1: pixels, 2: pixels[:, ::-1], 3: pixels[::-1, ::-1], 4: pixels[::-1],
               5: pixels.swapaxes(0, 1), 6: np.rot90(pixels, -1),
@@ -852,6 +862,10 @@ def test_folders_that_nobody_made_are_left_out(tmp_path, capsys):
     assert split.classes == ["Archery", "BabyCrawling"] and len(split.clips) == 2
     assert "7 folders are empty or another program's" in capsys.readouterr().out
     (root / "lost+found").chmod(0o700)
+    (root / "Gone").symlink_to("nowhere")
+    with pytest.raises(ValueError, match="Gone: is a link to nothing"):
+        data.index_frames(root)
+    (root / "Gone").unlink()
     if os.geteuid():  # who may read everything
         (root / "Archery").chmod(0)
         with pytest.raises(PermissionError, match="Archery"):
@@ -865,7 +879,13 @@ def test_classes_are_what_their_names_are(tmp_path):
     for name in names:
         save_frames(root / name / "one")
     split = data.index_frames(root, whole=True)[1]
-    assert split.classes == sorted(names) and len(split.clips) == 7
+    nfc = [unicodedata.normalize("NFC", name) for name in names]
+    assert split.classes == sorted(nfc) and len(split.clips) == 7
+    assert data.find_name(unicodedata.normalize("NFD", "Été"), ["Été", "été"]) == "Été"
+    for k, name in enumerate(("Été", unicodedata.normalize("NFD", "Été"))):
+        save_frames(tmp_path / "two" / ("train", "val")[k] / name / "one")
+    for split in data.index_frames(tmp_path / "two"):
+        assert split.classes == ["Été"] and len(split.clips) == 1
     labels = "".join(f"{k},{unicodedata.normalize('NFC', name)}\n" for k, name in enumerate(names))
     lines = "".join(f"x/{unicodedata.normalize('NFC', name)}/one.avi 5 {k}\n"
                     for k, name in enumerate(names))
@@ -1058,6 +1078,10 @@ def test_missing_clips_are_counted_and_named(tmp_path, capsys):
     ("0,Holding a, b\n1,\"Quoted, c\"\n", {0: "Holding a, b", 1: "Quoted, c"}),
     ("1 ApplyEyeMakeup\r\n2 Archery\r\n", {1: "ApplyEyeMakeup", 2: "Archery"}),  # UCF101
     ("\ufeffturn, then jump\n360 flip\n\nrun\n", {0: "turn, then jump", 1: "360 flip", 2: "run"}),
+    ("jump\n360 flip\n", {0: "jump", 1: "360 flip"}), ("class x\nrun", {0: "class x", 1: "run"}),
+    ("100 m, sprint\n200 m, sprint\n", {0: "100 m, sprint", 1: "200 m, sprint"}),
+    ("Turn,then\n3 point, shot\n", {0: "Turn,then", 1: "3 point, shot"}),
+    ('"Turn, then"\nrun\n', {0: "Turn, then", 1: "run"}),
     ("A\na\n1_11\n11_1\n", {0: "A", 1: "a", 2: "1_11", 3: "11_1"}),
     ("0,Archery\n0,Clap\n", ":2: '0,Clap' has a number or a name for the second time"),
     ("0,Clap\n1,Clap\n", ":2: '1,Clap' has a number or a name for the second time"),
@@ -1328,6 +1352,29 @@ def test_a_step_in_pieces_is_the_step(settings):
             assert gradient.abs().max() > 0
 
 
+@pytest.mark.parametrize("change", ["", "recompute", pytest.param("compile", marks=slow)])
+def test_a_piece_draws_the_same_masks_twice(change, monkeypatch):
+    rates = dict(drop_path=0.3, attention_dropout=0.3, prompt_dropout=0.3)
+    sizes = dict(vocab_size=49408, context_length=77, recompute=change == "recompute")
+    model = randomised(small(**rates, **sizes)).train()
+    if change == "compile":
+        model.visual.compile()
+        model.transformer.compile()
+    encoded = []
+    for name in ("encode_frames", "encode_text"):
+        def encode(x, encode=getattr(model, name)):
+            encoded.append(encode(x))
+            return encoded[-1]
+        monkeypatch.setattr(model, name, encode)
+    args = train.parser().parse_args(["--device", "cpu"])
+    tokens = clip_tokenizer.tokenize(["a", "b", "c d"])
+    train.take_step(model, NOISE, tokens, torch.arange(3), train.my_pieces(3, 1), args, 0)
+    assert len(encoded) == 10  # pieces 0 1 2, and again 1 0
+    for first, again in ((2, 6), (3, 7), (0, 8), (1, 9)):
+        near(encoded[first].detach(), encoded[again].detach(), 0)
+    assert not torch.equal(encoded[0], encoded[2])
+
+
 def test_processes_with_pieces_equal_one_process(world, tmp_path):
     flags = [*world.common, "--batch-size", "5", "--epochs", "4", "--chunk", "2", "--out"]
     train.main([*flags, str(tmp_path / "1")])
@@ -1466,6 +1513,9 @@ def test_a_checkpoint_is_loaded_like_any_weights_file(world, tmp_path):
     tuned = {"state_dict": clip, "config": config}  # --tune all
     torch.save({**saved, **tuned}, path)
     assert EZCLIP.from_pretrained(path).config.activation == "gelu"
+    former = {name: saved[name] for name in saved if name != "config"}
+    torch.save({**former, "activation": "gelu", "num_frames": 4}, path)
+    assert EZCLIP.from_pretrained(path).config.activation == "gelu"
     for change, settings, word in (
             ({}, dict(clip=moved), "last.pt: was trained on another CLIP than .*moved.pt"),
             ({}, dict(prompts="none"), "has prompts 'deep', not 'none'"),
@@ -1475,6 +1525,17 @@ def test_a_checkpoint_is_loaded_like_any_weights_file(world, tmp_path):
             ({"state_dict": saved["state_dict"] | {"a": torch.ones(1)}}, {}, "unexpected: a$")):
         torch.save({**saved, **change}, path)
         refused(path, word, **settings)
+
+
+def test_precision_is_a_flag(world):
+    args = [train.parser().parse_args([*world.bare, "--precision", precision])
+            for precision in ("fp32", "bf16")]
+    model = EZCLIP.from_pretrained(world.whole / "last.pt")
+    split, _ = data.index_frames(world.frames)
+    (fp32, bf16) = [train.evaluate(model, split, a)["predictions"] for a in args]
+    assert fp32 != bf16
+    for row, rounded in zip(fp32, bf16):
+        assert row["p1"] == pytest.approx(rounded["p1"], abs=0.05)
 
 
 def test_accuracy_counts_every_clip(world):

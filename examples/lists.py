@@ -77,9 +77,14 @@ def json_list(path, split):
 
 def path_label(path, split):
     for where, line in data.read_lines(path):
-        separator = re.search("[;,]|$", line)[0]
+        found = (re.search(";", line) or re.search(r"(,\s*|\s)(?=\d+$)", line)
+                 or re.search(",", line))
+        separator = found[0].strip() if found else ""
         if separator:
-            cells = next(csv.reader([line], delimiter=separator))
+            *clip, label = next(csv.reader([line], delimiter=separator))
+            cells = [*clip, label]
+            if label.strip().isdecimal():  # then a path may hold commas
+                cells = [separator.join(clip), label]
         else:  # `path [[first frame] number of frames] label`, as of mmaction2
             row = re.fullmatch(r"(.*?\S)(?:(?:\s+(\d+))?\s+\d+)?\s+(\S+)", line)
             cells = [row[1], row[3]] if row else []
@@ -95,14 +100,14 @@ def path_label(path, split):
 
 def read_names(path):
     """{number: name}, as `data.read_labels` reads it, or of the JSON of a data set."""
-    if path.suffix != ".json":
+    if path.suffix.lower() != ".json":
         return data.read_labels(path)
     content = read_json(path)
     names = {}
     try:
         if isinstance(content, list):  # Diving48: ["Back", "15som", "05Twis", "FREE"], ...
             for number, words in enumerate(content):
-                names[number] = " ".join(words)
+                names[number] = words if isinstance(words, str) else " ".join(words)
         else:  # Something-Something: {name: number}
             for name, number in content.items():
                 names[int(number)] = name.strip('"')  # of PySlowFast's names for Kinetics

@@ -180,7 +180,9 @@ def check(args):
         args.class_names = list(data.read_labels(names[0]).values())
     words = [data.class_text(name) for name in args.class_names]
     if len(set(words)) < len(words):
-        raise ValueError(f"--class-names has {statistics.mode(words)} twice")
+        word = statistics.mode(words)
+        alike = [name for name in args.class_names if data.class_text(name) == word]
+        raise ValueError(f"--class-names has {word} twice, in {' and in '.join(alike)}")
     if not words and not args.checkpoint:
         raise ValueError("--class-names is needed, the names to choose from, or a file of them")
 

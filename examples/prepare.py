@@ -99,23 +99,32 @@ def write_frames(frames, folder):
 
 def find_videos(root, frames):
     """{folder of frames: its video}, for all videos of `root` and of folders in it."""
+    def refuse(error):
+        raise error
+
     jobs, others = {}, Counter()
-    for path in sorted(root.glob("*")) + sorted(root.glob("*/*")) + sorted(root.glob("*/*/*")):
-        place = path.relative_to(root)
-        if any(part.startswith(data.NO_CLIPS) for part in place.parts) or not path.is_file():
-            continue
-        if path.suffix.lower() not in data.VIDEOS:
-            others[path.suffix or path.name] += 1
-            continue
-        folder = frames / place.with_suffix("")
-        # the same name with another suffix, or a video that is named like a class
-        other = jobs.get(folder) or jobs.get(folder.parent)
-        if other:
-            raise ValueError(f"{other} and {path} would share a folder of {frames}")
-        jobs[folder] = path
+    for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
+        place = Path(folder).relative_to(root)
+        if len(place.parts) == 2:  # as deep as train/<class>
+            others["folder in a folder of videos"] += len(below)
+            below.clear()
+        below[:] = sorted(name for name in below if not name.startswith(data.NO_CLIPS))
+        for name in sorted(files):
+            video = Path(folder, name)
+            if name.startswith(data.NO_CLIPS):
+                continue
+            if video.suffix.lower() not in data.VIDEOS or video.is_fifo():
+                others[video.suffix or name] += 1
+                continue
+            target = frames / place / video.stem
+            # the same name with another suffix, or a video that is named like a class
+            other = jobs.get(target) or jobs.get(target.parent)
+            if other:
+                raise ValueError(f"{other} and {video} would share a folder of {frames}")
+            jobs[target] = video
     if others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
-        print(f"{root}: left out what is no video by its suffix: {counts}")
+        print(f"{root}: left out what is no video by its suffix, or lies too deep: {counts}")
     return jobs
 
 

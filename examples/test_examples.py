@@ -152,10 +152,14 @@ def test_videos_of_all_kinds(tmp_path, capsys):
     (frames / "train/Clap").mkdir(parents=True)
     (frames / "train/Clap/late").write_text("a file where the frames' folder would be")
     make_video(videos / "train/Clap/late.avi", 3)
+    (videos / "train/Clap/link.avi").symlink_to("nowhere")
+    (videos / "train/Clap/deeper").mkdir()
     assert prepare.extract(videos, frames) == 3
     said = capsys.readouterr()
     assert f"skipped {videos}/train/Clap/sound.m4v: " in said.err and "1 .txt" in said.out
-    assert f"skipped {videos}/train/Clap/late.avi: " in said.err and "3 of 5" in said.out
+    assert "1 folder in a folder of videos" in said.out
+    assert f"skipped {videos}/train/Clap/late.avi: " in said.err and "3 of 6" in said.out
+    assert f"skipped {videos}/train/Clap/link.avi: " in said.err
     clip = frames / "train/Clap/changing"
     sizes = [Image.open(clip / name).size for name in data.frame_names(clip)]
     assert set(sizes) == {(455, 256), (256, 512)} and len(sizes) >= 12, sizes
@@ -460,6 +464,8 @@ FILES = {  # as the downloads have them
     "c/names.csv": 'id,name\n7,"Archery, aiming"\n3,Clap\n',
     "c/train_names.csv": 'a 1,"Archery, aiming"\nb,Clap\n', "c/test_names.csv": "c.mp4;Clap\n",
     "c/train.txt": "/x/y/a_1.mp4 7\nb.mp4 3\n", "c/test.txt": "c.mp4 3\n",
+    "c/train5.txt": "Turn, then/a_1 0\nClap, twice/b;Clap, twice\n",
+    "c/test5.txt": "y, z/c.mp4, 1\n", "c/names.json": '["AirDrum", "Clap, twice"]',
     "c/train4.txt": "y/a 1 0 120 7\ny/b 90 3\n", "c/test4.txt": "y/c 0 300 3\n"}
 
 UCF_CLIPS = ["Archery/v_Archery_g01_c01", "Archery/v_Archery_g08_c01.avi",
@@ -496,6 +502,9 @@ CASES = {  # arguments, clips below FRAMES, names, {split: {position of a clip: 
                    CSV_NAMES, CSV_SPLITS),
     "csv of four columns": ("c/train4.txt c/test4.txt --labels c/names.csv",
                             ["x/a 1", "x/b", "x/c"], CSV_NAMES, CSV_SPLITS),
+    "csv commas in paths": ("c/train5.txt c/test5.txt --labels c/names.json",
+                            ["x/a_1", "x/b", "x/c"], {0: "AirDrum", 1: "Clap, twice"},
+                            {"train": {0: 0, 1: 1}, "test": {2: 1}}),
     "csv names": ("c/train_names.csv c/test_names.csv", ["x/a 1", "x/b", "x/c"],
                   {0: "Archery, aiming", 1: "Clap"}, {"train": {0: 0, 1: 1}, "test": {2: 1}}),
     "csv names and labels": ("c/train_names.csv --labels c/names.csv", ["x/a 1", "x/b", "x/c"],
