@@ -249,6 +249,7 @@ def main(argv=None):
     flag("--descriptions", nargs="+", metavar="FILE", help="as of train.py; of several each data "
          "set takes the first that has all of its classes")
     args = p.parse_args(argv)
+    train.join_processes(args)
 
     for name in REFUSED[args.protocol]:
         if getattr(args, name) != p.get_default(name):
