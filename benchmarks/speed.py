@@ -29,6 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples")]
 import torch
 from naive import Naive
 
+import train
 from ezclip import EZCLIP, Config, contrastive_loss, motion_loss
 
 SIZES = {  # of Config
@@ -80,12 +81,16 @@ def prepared(who, what, name, T, args, batch=None):
     """A function that does a piece of work once, or None where its code is not installed."""
     config = Config(**SIZES[name], num_frames=T, recompute=who == "recompute")
     build = {"openai": openai, "transformers": hugging_face}.get(who, EZCLIP)
+    if what != "encode_video" and build is not EZCLIP or what != "step" and "chunk" in who:
+        return None
     torch.manual_seed(0)
     model, B = build(config), batch or args.batch_size
-    if model is None or what != "encode_video" and build is not EZCLIP:
+    if model is None:
         return None
     model = Naive(model) if who == "naive" else model
     device = torch.device(args.device)
+    precision = "bf16" if device.type == "cuda" or "bf16" in who else "fp32"
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
     model.to(device).train(what == "step")
     if args.compile and who != "naive" and build is EZCLIP:
         model.visual.compile()
@@ -104,20 +109,24 @@ def prepared(who, what, name, T, args, batch=None):
         model.freeze_backbone()
         labels = torch.arange(B, device=device)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
+        flags = train.parser().parse_args(["--device", args.device, "--precision", precision])
+        pieces = train.my_pieces(B, args.chunk if "chunk" in who else B)
 
         def work():
-            with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
-                frames, encoded = model.encode_frames(video), model.encode_text(texts)
-            logits = model.similarity(frames.float().mean(1), encoded)
-            loss = contrastive_loss(logits, labels) + motion_loss(frames)
             optimizer.zero_grad()
-            loss.backward()
+            if who == "naive":
+                with autocast():
+                    frames, encoded = model.encode_frames(video), model.encode_text(texts)
+                logits = model.similarity(frames.float().mean(1), encoded)
+                (contrastive_loss(logits, labels) + motion_loss(frames)).backward()
+            else:
+                train.take_step(model, video, texts, labels, pieces, flags, 0)
             optimizer.step()
         return work
 
     @torch.inference_mode()
     def forward():
-        with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        with autocast():
             work()
     return forward
 
@@ -194,6 +203,7 @@ def memory(who, what, name, T, args):
     """GiB beyond weights and inputs, of a child process."""
     child = [sys.executable, __file__, "--child", who, "--only", what, "--models", name,
              "--num-frames", str(T), "--batch-size", str(args.batch_size), "--device", args.device,
+             "--chunk", str(args.chunk),
              "--threads", str(args.threads), *["--compile"] * args.compile]
     result = subprocess.run(child, env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
                             capture_output=True, text=True)
@@ -229,7 +239,7 @@ def compare(what, name, T, args, peak):
     count = TEXTS if what == "encode_text" else args.batch_size
     rows = []
     for who, s in seconds.items():
-        ours = who in ("ours", "recompute", "products")  # others take other products
+        ours = who in ("ours", "bf16", "recompute", "products")  # others take other products
         rate = flops(shapes, training) / s / 1e12 if ours else None
         rows.append({"what": what, "model": name, "T": T, "who": who, "seconds": s, "per_s":
                      count / s, "gflop": flops(shapes, training) / count / 1e9 if ours else None,
@@ -283,8 +293,9 @@ def main():
     flag("--batch-size", type=int, default=2, help="clips (%(default)s)")
     flag("--only", nargs="+", default=["encode_video", "encode_text", "step"], help="what to run",
          choices=["encode_video", "encode_text", "step"])
-    flag("--who", nargs="+", default=["ours", "recompute", "naive", "openai", "transformers"],
-         choices=["ours", "recompute", "naive", "openai", "transformers"], help="what to compare")
+    kinds = ["ours", "bf16", "chunk", "bf16-chunk", "recompute", "naive", "openai", "transformers"]
+    flag("--who", nargs="+", default=kinds, choices=kinds, help="what to compare")
+    flag("--chunk", type=int, default=1, help="clips in a piece, for `chunk` (%(default)s)")
     flag("--repeats", type=int, default=5, help="runs of each (%(default)s)")
     flag("--threads", type=int, default=torch.get_num_threads(), help="of the CPU (%(default)s)")
     flag("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="(%(default)s)")
