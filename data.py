@@ -88,20 +88,25 @@ def read_lines(path):
 def read_labels(path):
     """{number: class name}, by number, of lines `id,name` or, from 0 or 1 on, `id name`, and perhaps
     a header; or of a name per line, which count from 0. ValueError names what does not fit."""
-    lines = read_lines(path)
-    entries = [re.fullmatch(r"(\d+)(\s*,\s*|\s+)(.+)", line) for _, line in lines]
-    found = [(int(entry[1]), "," in entry[2]) for entry in entries if entry]
+    lines, pattern = read_lines(path), re.compile(r"(\d+)(\s*,\s*|\s+)(.+)")
+    numbers, commas = [], False
+    for _, line in lines:
+        entry = pattern.fullmatch(line)
+        if entry:
+            numbers.append(int(entry[1]))
+            commas = commas or "," in entry[2]
     # names may begin with numbers too (360 flip): these are not half of the lines, or not 0, 1, 2
-    start = min(found)[0] if found else 0
-    counted = [number for number, _ in sorted(found)] == list(range(start, start + len(found)))
-    counted = counted and start < 2 or any(comma for _, comma in found)
-    numbered = counted and 2 * len(found) >= len(lines)
+    numbers.sort()
+    counted = numbers in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
+    numbered = (commas or counted) and 2 * len(numbers) >= len(lines)
+
     names = {}
     for i, (where, line) in enumerate(lines):
         number, name = i, line
-        if numbered and entries[i]:
-            number, name = int(entries[i][1]), entries[i][3]
-        elif numbered and i == 0 and re.match(r"(id|index|label|number|class)\w*\W", line, re.I):
+        entry = pattern.fullmatch(line)
+        if numbered and entry:
+            number, name = int(entry[1]), entry[3]
+        elif numbered and commas and i == 0:
             continue  # a header
         elif numbered:
             raise ValueError(f"{where}: expected id,name and not {line!r}")

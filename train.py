@@ -320,11 +320,6 @@ def evaluate(model, split, args):
             "classes": len(split.classes), "split": split.source, "predictions": predictions}
 
 
-def columns(name, result):
-    """The accuracies of a test set as they stand in log.csv."""
-    return {f"{name} top1": result["top1"], f"{name} top5": result["top5"]}
-
-
 def write(path, save):
     """Write a file as a whole or not at all: save(temporary file), flush to the disk, rename."""
     if rank():
@@ -497,17 +492,14 @@ def take_step(model, videos, tokens, labels, pieces, args, step):
 
 
 def add_up_gradients(weights):
-    """Add up the gradients of all processes, in one exchange."""
+    """Make gradients the sums of those of all processes, in one exchange."""
     if processes() == 1:
         return
-    known = torch.tensor([float(w.grad is not None) for w in weights], device=weights[0].device)
-    add_up(known)
     gradients = []
-    for weight, count in zip(weights, known.tolist()):
-        if count and weight.grad is None:
+    for weight in weights:
+        if weight.grad is None:  # this process had no clip
             weight.grad = torch.zeros_like(weight)
-        if count:
-            gradients.append(weight.grad)
+        gradients.append(weight.grad)
     flat = parameters_to_vector(gradients)
     add_up(flat)
     vector_to_parameters(flat, gradients)
@@ -546,6 +538,8 @@ def train(model, split, args, tests=None):
     if args.resume and (out / "last.pt").exists():
         step, rows, sums = load_run(out / "last.pt", identity, weights, optimizer)
         print(f"resumed at step {step} of {total}")
+    if len(set(gathered([step]))) > 1:
+        raise ValueError(f"{out}: is another folder on another machine; all have to share it")
 
     def shares():  # the part of each batch that this process loads
         for batch in batches(len(clips), args.batch_size, step, total, args.seed):
@@ -593,7 +587,8 @@ def train(model, split, args, tests=None):
                     row[name] = value / per_epoch
                 if args.eval_every and row["epoch"] % args.eval_every == 0 and step < total:
                     for name, test in (tests or {}).items():
-                        row.update(columns(name, evaluate(model, test, args)))
+                        result = evaluate(model, test, args)
+                        row[f"{name} top1"], row[f"{name} top5"] = result["top1"], result["top5"]
                 rows, sums, waited = [*rows, row], [0.0] * 4, 0.0
                 write_csv(out / "log.csv", rows)
 
@@ -651,7 +646,7 @@ def run(args, split, tests, command=""):
               f"n = {result['n']}, {result['classes']} classes", flush=True)
         results[name] = result
         if rows:
-            rows[-1].update(columns(name, result))
+            rows[-1][f"{name} top1"], rows[-1][f"{name} top5"] = result["top1"], result["top5"]
             write_csv(out / "log.csv", rows)
     seconds = sum(row["seconds"] for row in rows)
     return write_results(args, command, trainable=trainable, seconds=round(seconds, 1),
