@@ -1390,9 +1390,21 @@ def test_processes_with_pieces_equal_one_process(more, sizes, world, tmp_path):
             assert row == pytest.approx(other, rel=1e-3)
         for name, values in weights.items():
             near(values, expected[name], 1e-3)
-        said = [[row["clip"] for row in csv.DictReader(open(path / "predictions.csv"))]
-                for path in (out, tmp_path / "1")]
-        assert said[0] == said[1]
+
+
+def test_processes_test_every_clip_once(world, tmp_path):
+    """And write the very files of one process, also where there are more of them than batches."""
+    test = ["--test-list", str(tmp_path / "list"), "--labels", str(tmp_path / "labels")]
+    clips = [f"{name}/clip{k} {i}" for i, name in enumerate(("Archery", "Clap")) for k in range(6)]
+    (tmp_path / "list").write_text("\n".join(clips))
+    (tmp_path / "labels").write_text("0,Archery\n1,Clap\n")
+    evaluate = [*world.bare, *test, "--checkpoint", str(world.whole / "last.pt"), "--eval-only",
+                "--batch-size", "5", "--out"]
+    for size in (1, 2, 4):
+        assert in_processes(size, train.main, [*evaluate, str(tmp_path / f"e{size}")]) == [0] * size
+        for name in ("predictions.csv", "results.json"):
+            one, many = ((tmp_path / f"e{k}" / name).read_text() for k in (1, size))
+            assert many.replace(f"/e{size}", "/e1") == one
 
 
 def test_processes_stop_together_and_go_on(world, tmp_path, monkeypatch):

@@ -287,10 +287,12 @@ def evaluate(model, split, args):
     """
     model.eval()
     dataset = data.Clips(split, model.config.num_frames, model.config.image_size)
-    mine = my_share(len(dataset))
+    n = len(dataset)
     keys = []
-    for start in mine[::args.batch_size]:  # the last batch may be smaller: all clips count
-        keys.append([(0, i) for i in range(start, min(mine.stop, start + args.batch_size))])
+    for start in range(0, n, args.batch_size):  # the last batch may be smaller: all clips count
+        keys.append([(0, i) for i in range(start, min(n, start + args.batch_size))])
+    share = my_share(len(keys))
+    keys = keys[share.start:share.stop]
     texts = encode_classes(split.classes, args, model)
     top1, top5, predictions = 0, 0, []
     bar = tqdm(data.loader(dataset, keys, args.workers), "test", len(keys), leave=False,
@@ -315,7 +317,6 @@ def evaluate(model, split, args):
 
     predictions = gathered(predictions)
     top1, top5 = sum(gathered([top1])), sum(gathered([top5]))
-    n = len(predictions)
     return {"top1": round(100 * top1 / n, 2), "top5": round(100 * top5 / n, 2), "n": n,
             "classes": len(split.classes), "split": split.source, "predictions": predictions}
 

@@ -35,8 +35,8 @@ import protocols
 import reid
 import train
 from ezclip import EZCLIP, Config, class_probabilities
-from test_ezclip import (frames_folder, golden_inputs, near, randomised, save_frames, slow, small,
-                         world)
+from test_ezclip import (frames_folder, golden_inputs, in_processes, near, randomised,
+                         save_frames, slow, small, world)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not say its activation")
 
@@ -871,6 +871,14 @@ def test_few_shot(seeds, tmp_path, capsys):
     assert "4 clips of 2 classes" in said and "8 clips of 2 classes" in said
     assert f"| 4 shots | {more['4 shots']['frames']['top1']:.1f} |" in said
     fails(protocols, [*flags, "--shots", "7", "--out", tmp_path / "no"], "7 shots")
+
+
+def test_protocols_in_processes(seeds, tmp_path):
+    flags = ["base-to-novel", *seeds.common, "--shots", "2", "--seed", "1", "2", "--out"]
+    assert in_processes(2, protocols.main, [*flags, str(tmp_path / "two")]) == [0, 0]
+    content = saved(tmp_path / "two")["results"]["base-to-novel"]
+    assert content["novel"]["n"] > 0 and content["novel"]["runs"] == 2
+    assert saved(tmp_path / "two", "seed2")["seed"] == 2
 
 
 def test_zero_shot(seeds, tmp_path, monkeypatch, capsys):
