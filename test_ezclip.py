@@ -1328,7 +1328,7 @@ def in_processes(world_size, work, *arguments):
 
 
 @pytest.mark.parametrize("settings", [
-    dict(), dict(prompts="none"), dict(adapters=False), dict(recompute=True)])
+    dict(), dict(prompts="none"), dict(adapters=False), dict(recompute=True), PLAIN])
 def test_a_step_in_pieces_is_the_step(settings):
     """In every gradient, also of what lies behind the features or has none."""
     settings = dict(vocab_size=49408, context_length=77, drop_path=0.0, attention_dropout=0.0,

@@ -470,7 +470,8 @@ def take_step(model, videos, tokens, labels, pieces, args, step):
     # the loss, and back to the features
     frames.requires_grad_()
     texts.requires_grad_()
-    contrastive = contrastive_loss(model.similarity(model.pool(frames), texts), labels.to(args.device))
+    logits = model.similarity(model.pool(frames), texts)
+    contrastive = contrastive_loss(logits, labels.to(args.device))
     motion = motion_loss(frames)
     loss = contrastive + args.motion_weight * motion
     loss.backward()
@@ -487,7 +488,8 @@ def take_step(model, videos, tokens, labels, pieces, args, step):
             if output.requires_grad:  # else nothing in its tower is trained
                 outputs.append(output)
                 gradients.append(features.grad[start:stop])
-        torch.autograd.backward(outputs, gradients)
+        if outputs:
+            torch.autograd.backward(outputs, gradients)
         encoded = None
     return torch.stack([loss, contrastive, motion]).tolist()
 
