@@ -425,6 +425,17 @@ def load_run(path, identity, weights, optimizer):
         raise ValueError(f"{path}: is no checkpoint of a run, or a damaged one") from None
 
 
+def save_run(path, content, weights, optimizer):
+    """Write what `load_run` reads. ArithmeticError for weights that are no longer finite, which the
+    last update may have made so although its loss was."""
+    if not all(weight.isfinite().all() for weight in weights.values()):
+        raise ArithmeticError(f"step {content['step']}: the weights are no longer finite, and not "
+                              "saved; a lower --lr may help")
+    state = {name: weight.detach() for name, weight in weights.items()}
+    content = {**content, "state_dict": state, "optimizer": optimizer.state_dict()}
+    write(path, lambda file: torch.save(content, file))
+
+
 def my_pieces(count, chunk):
     """The pieces of a batch of `count` clips that this process encodes: (number, start, stop)."""
     numbers = my_share(math.ceil(count / chunk))
@@ -563,13 +574,12 @@ def train(model, split, args, tests=None):
             labels = torch.tensor([clips[i][1] for _, i in batch])
             seed_draws(args.seed, step)
             drawn = torch.randint(len(tokens), labels.shape)  # a template for each clip
-            texts = tokens[drawn, labels]
 
             # forward and backward
             model.train()
             optimizer.zero_grad()
             pieces = my_pieces(len(batch), chunk)
-            losses = take_step(model, videos, texts, labels, pieces, args, step)
+            losses = take_step(model, videos, tokens[drawn, labels], labels, pieces, args, step)
             if not math.isfinite(losses[0]):
                 names = ", ".join(clips[i][0] for _, i in batch)
                 raise ArithmeticError(f"step {step}: the loss is {losses[0]}, a lower --lr may help;"
@@ -599,14 +609,8 @@ def train(model, split, args, tests=None):
             stop = torch.tensor(float(len(stopped)), device=args.device)
             add_up(stop)  # all processes stop after the same step
             if step % per_epoch == 0 or stop or now - saved_at > SAVE_SECONDS:
-                # the update of this step may have broken what its loss did not show
-                if not all(p.isfinite().all() for p in weights.values()):
-                    raise ArithmeticError(f"step {step}: the weights are no longer finite, and not "
-                                          "saved; a lower --lr may help")
-                checkpoint = {**identity, "step": step, "rows": rows, "sums": sums,
-                              "state_dict": {name: p.detach() for name, p in weights.items()},
-                              "optimizer": optimizer.state_dict()}
-                write(out / "last.pt", lambda file: torch.save(checkpoint, file))
+                progress = {"step": step, "rows": rows, "sums": sums}
+                save_run(out / "last.pt", {**identity, **progress}, weights, optimizer)
                 saved_at = now
             if stop and rank():
                 sys.exit(130)  # one of them says so
