@@ -190,8 +190,7 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
     print(f"{root}: {len(classes)} classes, {len(train)} training and {len(test)} test clips "
           f"({', '.join(dict.fromkeys(sources))})")
     if train.keys() & test.keys():
-        print(f"warning: {len(train.keys() & test.keys())} test clips are training clips too",
-              file=sys.stderr)
+        warn(f"{len(train.keys() & test.keys())} test clips are training clips too")
     return splits
 
 
@@ -329,7 +328,7 @@ def match_clips(source, rows, names, find, allow_missing):
     if missing and not allow_missing:
         raise ValueError(f"{problem}; --allow-missing leaves out what is missing")
     if missing:
-        print(f"warning: {problem}", file=sys.stderr)
+        warn(problem)
     return clips
 
 
@@ -530,10 +529,14 @@ def _collate(samples):
 
 def _start_worker(_):
     gc.freeze()  # else a collection copies whatever memory a worker shares with the main process
-    # Ctrl-C reaches all processes, and so does torchrun's SIGTERM: the main one decides. One that
-    # is blocked ends all the same.
+    # Ctrl-C reaches all processes, and so does torchrun's SIGTERM: the main one decides, and
+    # PyTorch's own, as the second, ends a worker.
+    def note(*_):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.alarm(120)
+
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(20))
+    signal.signal(signal.SIGTERM, note)
 
 
 # ---- command lines ----
@@ -551,6 +554,11 @@ def at_least(minimum, kind=int):
             raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, not {text}")
         return value
     return number
+
+
+def warn(text):
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes one says it
+        print("warning:", text, file=sys.stderr)
 
 
 def command(main):

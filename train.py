@@ -13,7 +13,6 @@ train(model, split, args) and evaluate(model, test, args).
 """
 
 import argparse
-import atexit
 import contextlib
 import csv
 import hashlib
@@ -27,6 +26,7 @@ import shlex
 import signal
 import sys
 import time
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -34,7 +34,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 import data
@@ -67,22 +66,26 @@ def template(text):
 
 # ---- one process or several ----
 
-def join_processes(args):
+def join_processes():
     """Under torchrun: become one of its processes, on a GPU of its own. Only the first one prints
     and writes."""
     if "RANK" not in os.environ or dist.is_initialized():
         return
-    backend = "gloo"
-    if args.device.startswith("cuda"):
-        gpus = torch.cuda.device_count()
-        if gpus >= int(os.environ["LOCAL_WORLD_SIZE"]):
-            backend = "nccl"
-        args.device = f"cuda:{int(os.environ['LOCAL_RANK']) % gpus}"
-        torch.cuda.set_device(args.device)
+    backend, gpus = "gloo", torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+    if gpus >= int(os.environ["LOCAL_WORLD_SIZE"]):
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend)
-    atexit.register(dist.destroy_process_group)
     if rank():
         sys.stdout = open(os.devnull, "w")
+        warnings.simplefilter("ignore")
+
+
+def leave_processes():
+    """After work that is done; a process that fails just ends, or it would wait for the others."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def rank():
@@ -141,7 +144,9 @@ def add_model_flags(p):
     flag("--no-adapters", action="store_true", help="leave out the adapters")
     flag("--temporal-adapter", action="store_true",
          help="the official code's ablation: attention over time at every token")
-    device = "mps" if torch.backends.mps.is_available() else "cpu"
+    device = "cpu"
+    if torch.backends.mps.is_available() and not dist.is_initialized():
+        device = "mps"
     if torch.cuda.is_available():
         device = "cuda"
     flag("--device", type=usable_device, default=device,
@@ -203,12 +208,10 @@ def build_model(args):
     """The model of the flags on its device, as --clip or --checkpoint has it."""
     given = {"recompute": args.recompute}
     # what no flag says is said by the checkpoint, or else by Config
-    for name in ("activation", "vision_heads", "text_heads", "prompts"):
-        if getattr(args, name):
-            given[name] = getattr(args, name)
-    for name in ("mean", "std"):
-        if getattr(args, name):
-            given[name] = tuple(getattr(args, name))
+    for name in ("activation", "vision_heads", "text_heads", "mean", "std", "prompts"):
+        value = getattr(args, name)
+        if value:
+            given[name] = tuple(value) if isinstance(value, list) else value
     if args.no_adapters:
         given["adapters"] = False
     if args.temporal_adapter:
@@ -287,17 +290,14 @@ def evaluate(model, split, args):
     """
     model.eval()
     dataset = data.Clips(split, model.config.num_frames, model.config.image_size)
-    n = len(dataset)
     keys = []
-    for start in range(0, n, args.batch_size):  # the last batch may be smaller: all clips count
-        keys.append([(0, i) for i in range(start, min(n, start + args.batch_size))])
-    share = my_share(len(keys))
-    keys = keys[share.start:share.stop]
+    for _, start, stop in my_pieces(len(dataset), args.batch_size):  # the last may be smaller
+        keys.append([(0, i) for i in range(start, stop)])
     texts = encode_classes(split.classes, args, model)
-    top1, top5, predictions = 0, 0, []
+    predictions = []
     bar = tqdm(data.loader(dataset, keys, args.workers), "test", len(keys), leave=False,
                disable=rank() > 0 or None)
-    for videos, labels, indices in bar:
+    for videos, _, indices in bar:
         with autocast(args):
             frames = model.encode_frames(videos.to(args.device))
         features = model.pool(frames.float())
@@ -305,8 +305,6 @@ def evaluate(model, split, args):
         if not probabilities.isfinite().all():
             raise ValueError("the model's features are not finite: its weights are broken")
         p, best = probabilities.topk(min(5, len(split.classes)))  # (B, 5)
-        top1 += (best[:, 0] == labels).sum().item()
-        top5 += (best == labels[:, None]).sum().item()
         for row, i in enumerate(indices):
             clip, label = split.clips[i]
             prediction = {"clip": clip, "class": split.classes[label]}
@@ -316,7 +314,10 @@ def evaluate(model, split, args):
             predictions.append(prediction)
 
     predictions = gathered(predictions)
-    top1, top5 = sum(gathered([top1])), sum(gathered([top5]))
+    n, top1, top5 = len(predictions), 0, 0
+    for row in predictions:
+        top1 += row["class"] == row["class1"]
+        top5 += row["class"] in [row.get(f"class{k}") for k in range(1, 6)]
     return {"top1": round(100 * top1 / n, 2), "top5": round(100 * top5 / n, 2), "n": n,
             "classes": len(split.classes), "split": split.source, "predictions": predictions}
 
@@ -464,23 +465,21 @@ def take_step(model, videos, tokens, labels, pieces, args, step):
             part = videos[start - first:stop - first].to(args.device, non_blocking=True)
             frames = model.encode_frames(part)
             texts = model.encode_text(tokens[start:stop].to(args.device))
-        return frames.float(), texts.float()
+        return torch.cat([frames, texts[:, None]], 1).float()  # (b, T + 1, E)
 
     # features, where the clips of other processes are zeros until they are added up
-    B, T, E = len(labels), model.config.num_frames, model.config.embed_dim
-    frames = torch.zeros(B, T, E, device=args.device)
-    texts = torch.zeros(B, E, device=args.device)
-    for piece in pieces:
+    features = torch.zeros(len(labels), model.config.num_frames + 1, model.config.embed_dim,
+                           device=args.device)
+    for number, start, stop in pieces:
         encoded = None  # frees the graph of the piece before
-        encoded = encode(*piece)
-        _, start, stop = piece
-        frames[start:stop], texts[start:stop] = encoded[0].detach(), encoded[1].detach()
-    add_up(frames)
-    add_up(texts)
+        encoded = encode(number, start, stop)
+        features[start:stop] = encoded.detach()
+    add_up(features)
 
     # the loss, and back to the features
-    frames.requires_grad_()
-    texts.requires_grad_()
+    features.requires_grad_()
+    frames, texts = features[:, :-1], features[:, -1]
+    seed_draws(args.seed, step)
     logits = model.similarity(model.pool(frames), texts)
     contrastive = contrastive_loss(logits, labels.to(args.device))
     motion = motion_loss(frames)
@@ -490,17 +489,11 @@ def take_step(model, videos, tokens, labels, pieces, args, step):
         model.zero_grad()
 
     # back to the weights
-    for piece in reversed(pieces):
+    for number, start, stop in reversed(pieces):
         if encoded is None:
-            encoded = encode(*piece)
-        _, start, stop = piece
-        outputs, gradients = [], []
-        for output, features in zip(encoded, (frames, texts)):
-            if output.requires_grad:  # else nothing in its tower is trained
-                outputs.append(output)
-                gradients.append(features.grad[start:stop])
-        if outputs:
-            torch.autograd.backward(outputs, gradients)
+            encoded = encode(number, start, stop)
+        if encoded.requires_grad:  # else nothing before the features is trained
+            encoded.backward(features.grad[start:stop])
         encoded = None
     return torch.stack([loss, contrastive, motion]).tolist()
 
@@ -509,14 +502,13 @@ def add_up_gradients(weights):
     """Make gradients the sums of those of all processes, in one exchange."""
     if processes() == 1:
         return
-    gradients = []
     for weight in weights:
         if weight.grad is None:  # this process had no clip
             weight.grad = torch.zeros_like(weight)
-        gradients.append(weight.grad)
-    flat = parameters_to_vector(gradients)
+    flat = torch.cat([weight.grad.flatten() for weight in weights])
     add_up(flat)
-    vector_to_parameters(flat, gradients)
+    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights])):
+        weight.grad = part.view_as(weight)
 
 
 def train(model, split, args, tests=None):
@@ -553,7 +545,7 @@ def train(model, split, args, tests=None):
         step, rows, sums = load_run(out / "last.pt", identity, weights, optimizer)
         print(f"resumed at step {step} of {total}")
     if len(set(gathered([step]))) > 1:
-        raise ValueError(f"{out}: is another folder on another machine; all have to share it")
+        raise ValueError(f"{out}: is another folder on another machine, all have to share it")
 
     def shares():  # the part of each batch that this process loads
         for batch in batches(len(clips), args.batch_size, step, total, args.seed):
@@ -569,6 +561,7 @@ def train(model, split, args, tests=None):
         for batch, (videos, _, _) in zip(whole, bar):
             # draws and learning rates of this step
             waited += time.monotonic() - clock
+            add_up(torch.tensor(0))  # raises where a process has died, as GPUs' exchanges do not
             for group in optimizer.param_groups:
                 group["lr"] = group["peak"] * learning_rate(step, warmup, total)
             labels = torch.tensor([clips[i][1] for _, i in batch])
@@ -606,7 +599,7 @@ def train(model, split, args, tests=None):
                 write_csv(out / "log.csv", rows)
 
             # once in a while: save
-            stop = torch.tensor(float(len(stopped)), device=args.device)
+            stop = torch.tensor(len(stopped))
             add_up(stop)  # all processes stop after the same step
             if step % per_epoch == 0 or stop or now - saved_at > SAVE_SECONDS:
                 progress = {"step": step, "rows": rows, "sums": sums}
@@ -638,6 +631,9 @@ def run(args, split, tests, command=""):
         raise ValueError("nothing to train: no prompts, no adapters, no --tune all")
     if not (args.eval_only or split.clips):
         raise ValueError(f"{split.root}: no training clips")
+    same = hashlib.sha256(repr([split, tests, model.weights_sha256]).encode()).hexdigest()
+    if len(set(gathered([same]))) > 1:
+        raise ValueError(f"{split.root}: clips, classes or CLIP differ from another machine's")
     for test in tests.values():  # a bad text is to show now, not after hours
         tokens_of(test.classes, args, model.config.context_length)
     out.mkdir(parents=True, exist_ok=True)
@@ -673,8 +669,8 @@ def write_results(args, command, **content):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    join_processes()
     args = parser().parse_args(argv)
-    join_processes(args)
     if not args.data:
         raise ValueError("--data is needed, a folder of frames")
     name = Path(args.data).resolve().name
@@ -682,10 +678,11 @@ def main(argv=None):
     train_split, test_split = data.index_frames(args.data, args.train_list, args.test_list,
                                                 args.labels, args.allow_missing)
     if not test_split.clips:
-        print("warning: there are no test clips", file=sys.stderr)
+        data.warn("there are no test clips")
     tests = {name: test_split} if test_split.clips else {}
     content = run(args, train_split, tests, shlex.join(["python", "train.py", *argv]))
     print(f"pictures of it: python examples/plots.py {shlex.quote(args.out)}")
+    leave_processes()
     return content
 
 

@@ -109,15 +109,17 @@ def ablation(args, split, tests):
 
 
 def shuffled(model, seed):
-    """The model, but it is shown the frames of each clip in random order."""
-    encode_video = model.encode_video
-    generator = torch.Generator().manual_seed(seed)
+    """The model, but it is shown the frames of each clip in a random order, the clip's own."""
+    encode_frames = model.encode_frames
 
     def encode_shuffled(video):
-        orders = torch.rand(video.shape[:2], generator=generator).argsort(1)  # (B, T)
-        return encode_video(video[torch.arange(len(video))[:, None], orders])
+        clips = []
+        for clip in video:
+            generator = torch.Generator().manual_seed(seed + clip.sum().item())
+            clips.append(clip[torch.randperm(len(clip), generator=generator)])
+        return encode_frames(torch.stack(clips))
 
-    model.encode_video = encode_shuffled
+    model.encode_frames = encode_shuffled
     return model
 
 
@@ -248,8 +250,8 @@ def main(argv=None):
          help="a data set for zero-shot; {}: splits 1 to 3")
     flag("--descriptions", nargs="+", metavar="FILE", help="as of train.py; of several each data "
          "set takes the first that has all of its classes")
+    train.join_processes()
     args = p.parse_args(argv)
-    train.join_processes(args)
 
     for name in REFUSED[args.protocol]:
         if getattr(args, name) != p.get_default(name):
@@ -281,7 +283,9 @@ def main(argv=None):
     command = shlex.join(["python", "examples/protocols.py", *argv])
     rows = run(jobs, command)
     print_table(rows)
-    return train.write_results(args, command, results=rows)
+    content = train.write_results(args, command, results=rows)
+    train.leave_processes()
+    return content
 
 
 if __name__ == "__main__":

@@ -964,17 +964,30 @@ def test_ablation(halves, seeds, tmp_path, capsys):
         assert protocols.main([*flags, "--resume"])["results"] == content["results"]
 
 
-def test_frames_are_shuffled_within_clips():
+def test_frames_are_shuffled_within_clips(world):
     """Each clip's in an order of its own; no frame is lost; a seed's orders are its own."""
     def orders(seed):
-        model = SimpleNamespace(encode_video=lambda video: video)
+        model = SimpleNamespace(encode_frames=lambda video: video)
         video = torch.arange(6 * 8).view(6, 8, 1, 1, 1)
-        return protocols.shuffled(model, seed).encode_video(video)[..., 0, 0, 0] - 8 * torch.arange(
+        return protocols.shuffled(model, seed).encode_frames(video)[..., 0, 0, 0] - 8 * torch.arange(
             6)[:, None]
     first = orders(0)
     assert torch.equal(first.sort(1).values, torch.arange(8).expand(6, 8))
     assert len({tuple(row) for row in first.tolist()}) == 6
     assert torch.equal(first, orders(0)) and not torch.equal(first, orders(1))
+    # an evaluation sees them, whatever its batches
+    split, _ = data.index_frames(world.frames)
+    seen = []
+    for size, shuffle in (("4", False), ("4", True), ("5", True)):
+        torch.manual_seed(0)
+        model = randomised(EZCLIP.from_pretrained(world.whole / "last.pt"))
+        args = train.parser().parse_args([*world.bare, "--batch-size", size])
+        if shuffle:
+            protocols.shuffled(model, 0)
+        predictions = train.evaluate(model, split, args)["predictions"]
+        seen.append(torch.tensor([row["p1"] for row in predictions]))
+    assert (seen[0] - seen[1]).abs().max() > 1e-4
+    near(seen[1], seen[2], 1e-4)
 
 
 @pytest.mark.parametrize("flags, word", [
