@@ -206,10 +206,11 @@ def clip_folders(root):
         folders = []
         with os.scandir(root / path) as entries:
             for entry in entries:
-                if entry.is_symlink() and not os.path.exists(entry.path):
+                nobodys = entry.name.startswith(NO_CLIPS)
+                if entry.is_symlink() and not nobodys and not os.path.exists(entry.path):
                     raise ValueError(f"{entry.path}: is a link to nothing")
                 if entry.is_dir():
-                    part = left_out if entry.name.startswith(NO_CLIPS) else folders
+                    part = left_out if nobodys else folders
                     part.append(os.path.join(path, entry.name))
         if not folders:
             left_out.append(path)

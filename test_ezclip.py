@@ -858,6 +858,7 @@ def test_folders_that_nobody_made_are_left_out(tmp_path, capsys):
                  "Empty", "Archery/@eaDir/clip0"):
         (root / name).mkdir(parents=True)
     (root / "lost+found").chmod(0)
+    (root / ".#lock").symlink_to("an editor's")
     split, _ = data.index_frames(root)
     assert split.classes == ["Archery", "BabyCrawling"] and len(split.clips) == 2
     assert "7 folders are empty or another program's" in capsys.readouterr().out

@@ -280,6 +280,13 @@ def encode_classes(classes, args, model):
     return torch.cat(parts).unflatten(0, tokens.shape[:2])
 
 
+def encode_clips(videos, args, model):
+    """Features of videos (B, T, 3, S, S), pooled in fp32: (B, E)."""
+    with autocast(args):
+        frames = model.encode_frames(videos.to(args.device))
+    return model.pool(frames.float())
+
+
 @torch.inference_mode()
 def evaluate(model, split, args):
     """Zero-shot classification of every clip of a Split.
@@ -298,9 +305,7 @@ def evaluate(model, split, args):
     bar = tqdm(data.loader(dataset, keys, args.workers), "test", len(keys), leave=False,
                disable=rank() > 0 or None)
     for videos, _, indices in bar:
-        with autocast(args):
-            frames = model.encode_frames(videos.to(args.device))
-        features = model.pool(frames.float())
+        features = encode_clips(videos, args, model)
         probabilities = class_probabilities(features, texts).cpu()  # (B, classes)
         if not probabilities.isfinite().all():
             raise ValueError("the model's features are not finite: its weights are broken")

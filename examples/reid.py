@@ -67,9 +67,7 @@ def encode(model, split, args):
     stream = data.loader(clips, batches, args.workers)
     features = []
     for videos, _, _ in tqdm(stream, "clips", len(batches), leave=False, disable=None):
-        with train.autocast(args):
-            encoded = model.encode_video(videos.to(args.device))
-        features.append(encoded.float().cpu())
+        features.append(train.encode_clips(videos, args, model).cpu())
     features = torch.cat(features)
     if not features.isfinite().all():
         raise ValueError("the model's features are not finite: its weights are broken")
