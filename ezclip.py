@@ -339,13 +339,15 @@ class EZCLIP(nn.Module):
         """Features of videos, not normalised: (B, T, 3, S, S) -> (B, E)."""
         return self.pool(self.encode_frames(video))
 
-    def encode_text(self, tokens):
-        """Features at the end-of-text token (the largest id): (N, L) integers -> (N, E).
+    def encode_text(self, tokens, end=None):
+        """Features at the end-of-text token: (N, L) integers -> (N, E).
 
-        Texts of more than context_length tokens are a ValueError.
+        end: (N,), the positions of these tokens; by default those of the largest ids, as CLIP's
+        tokenizer has it. What stands behind them changes nothing, L may be that of the longest
+        text; one of more than context_length tokens is a ValueError.
         """
-        end = tokens.argmax(-1)  # (N,)
-        tokens = tokens[:, :end.max() + 1]  # exact: in a causal tower padding changes nothing
+        if end is None:
+            end = tokens.argmax(-1)  # (N,)
         N, L = tokens.shape
         if L > self.config.context_length:
             raise ValueError(f"a text of {L} tokens is longer than context_length "

@@ -252,9 +252,14 @@ def test_properties_of_random_models(seed):
         for n in (1, 2, 4):  # clips and texts of a batch do not see each other
             near(torch.cat([model(part, tokens) for part in video.split(n)]), logits)
             near(torch.cat([model(video, part) for part in tokens.split(n)], 1), logits)
-        for text in tokens:  # padding, none or more than the context has
-            alone = model.encode_text(text[None, : text.argmax() + 1])
-            near(model.encode_text(nn.functional.pad(text[None], (0, 50))), alone)
+        for text in tokens:  # what stands behind the end changes nothing
+            end = text.argmax()
+            alone = model.encode_text(text[None, :end + 1])
+            near(model.encode_text(text[None]), alone)
+            text[end] = 1  # an end that is not the largest id
+            other = model.encode_text(text[None], end[None])
+            text[end + 1:] = 2
+            near(model.encode_text(text[None], end[None]), other)
         change = model.encode_video(video.roll(1, 1)) - model.encode_video(video)
         assert (change.abs().max() > 1e-4) == (prompts != "none"), change.abs().max()
 
@@ -274,6 +279,26 @@ def test_recomputing_changes_nothing_and_bf16_little(settings):
         assert class_probabilities(features, features[None]).dtype == torch.float32
     assert loss.dtype == rounded.dtype == torch.float32
     assert loss.item() == pytest.approx(rounded.item(), rel=0.02) and loss != rounded
+
+
+@torch.no_grad()
+def test_both_towers_are_one_graph_for_every_batch():
+    """For torch.export and torch.compile, which ONNX and others start from."""
+    model = small(num_frames=3)
+    batch = torch.export.Dim("batch")
+    inputs = golden_inputs(5, 3)
+    for method, whole in zip(("encode_video", "encode_text"), inputs):
+        encode = getattr(model, method)
+
+        class Tower(nn.Module):
+            def forward(self, x):
+                return encode(x)
+
+        program = torch.export.export(Tower(), (whole[:2],), dynamic_shapes=({0: batch},))
+        compiled = torch.compile(encode, fullgraph=True, backend="eager")
+        for x in (whole, whole[:1], whole[:3]):
+            near(program.module()(x), encode(x))
+            near(compiled(x), encode(x))
 
 
 def test_attention_drops_weights_and_blocks_whole_clips():

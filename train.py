@@ -155,6 +155,15 @@ def add_model_flags(p):
          "cuda, else fp32)")
 
 
+def add_text_flags(p):
+    """The flags that `tokens_of` needs."""
+    flag = p.add_argument
+    flag("--descriptions", metavar="FILE", help="CSV number,name,text or JSON of texts to stand for "
+         "the class names")
+    flag("--templates", nargs="+", metavar="TEXT", type=template, help="texts with {} for the class "
+         "name (the 16 of the official code; {} with --descriptions)")
+
+
 def parser():
     """The flags of a run; what is in parentheses in their help is the default."""
     p = data.Parser(allow_abbrev=False, description="Train and evaluate EZ-CLIP on folders of "
@@ -166,10 +175,7 @@ def parser():
     flag("--test-list", help="test clips, likewise")
     flag("--labels", help="names of the labels in lists: CSV id,name")
     flag("--allow-missing", action="store_true", help="leave out listed clips that are not there")
-    flag("--descriptions", metavar="FILE", help="CSV number,name,text or JSON of texts to stand for "
-         "the class names")
-    flag("--templates", nargs="+", metavar="TEXT", type=template, help="texts with {} for the class "
-         "name (the 16 of the official code; {} with --descriptions)")
+    add_text_flags(p)
     flag("--no-flip", action="store_true",
          help="no horizontal flips (off anyway where a class name has left or right)")
     flag("--no-augment", action="store_true", help="no random crops, flips and colours")
@@ -229,8 +235,9 @@ def build_model(args):
     else:
         model = EZCLIP.from_pretrained(args.clip or "ViT-B/16", args.num_frames, **given)
     if model.config.vocab_size != 49408:
-        raise ValueError(f"{model.weights_path}: has {model.config.vocab_size} token ids, not "
-                         "CLIP's 49408")
+        raise ValueError(f"{model.weights_path}: its vocabulary of {model.config.vocab_size} is not "
+                         "that of clip_tokenizer.py, 49408: from Python, give encode_text the ids "
+                         "that the model's own tokenizer makes (docs/deploy.md shows it)")
     if args.tune == "new":
         model.freeze_backbone()
     if args.compile:
@@ -265,6 +272,24 @@ def tokens_of(classes, args, context_length=77):
     return torch.stack(tokens, 1)
 
 
+def classes_of(args):
+    """The names to choose from: --class-names, or those that the --checkpoint was trained on."""
+    names = data.class_names(args.class_names)
+    if not names and args.checkpoint:
+        saved = read_weights(args.checkpoint).get("classes")
+        names = [str(name) for name in saved] if isinstance(saved, list) else []
+    if not names:
+        where = f"{args.checkpoint}: names no classes, " if args.checkpoint else ""
+        raise ValueError(f"{where}--class-names is needed, the names to choose from, or a file of them")
+    return names
+
+
+def without_padding(tokens):
+    """Token ids cut to the longest text: of OpenAI's 77 most are padding, which in a causal tower
+    changes nothing and takes its time."""
+    return tokens[..., :tokens.argmax(-1).max() + 1]
+
+
 def autocast(args):
     """The precision of the model: bf16, by default on CUDA, or fp32."""
     device = args.device.split(":")[0]
@@ -276,7 +301,9 @@ def encode_classes(classes, args, model):
     """Features of every template and class, (templates, classes, E)."""
     tokens = tokens_of(classes, args, model.config.context_length)
     with autocast(args):
-        parts = [model.encode_text(t.to(args.device)) for t in tokens.flatten(0, 1).split(512)]
+        parts = []
+        for part in tokens.flatten(0, 1).split(512):
+            parts.append(model.encode_text(without_padding(part).to(args.device)))
     return torch.cat(parts).unflatten(0, tokens.shape[:2])
 
 
@@ -469,7 +496,7 @@ def take_step(model, videos, tokens, labels, pieces, args, step):
         with autocast(args):
             part = videos[start - first:stop - first].to(args.device, non_blocking=True)
             frames = model.encode_frames(part)
-            texts = model.encode_text(tokens[start:stop].to(args.device))
+            texts = model.encode_text(without_padding(tokens[start:stop]).to(args.device))
         return torch.cat([frames, texts[:, None]], 1).float()  # (b, T + 1, E)
 
     # features, where the clips of other processes are zeros until they are added up

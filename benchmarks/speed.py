@@ -98,7 +98,10 @@ def prepared(who, what, name, T, args, batch=None):
     video = torch.randint(256, (B, T, 3, 224, 224), dtype=torch.uint8, device=device)
     texts = tokens(B if what == "step" else TEXTS).to(device)
     if what == "encode_text":
-        work = partial(model.encode_text, texts)
+        ours = build is EZCLIP and who != "naive"
+
+        def work():  # as train.py encodes texts, or as others do
+            model.encode_text(train.without_padding(texts) if ours else texts)
     elif what == "encode_video" and build is not EZCLIP:
         frames = torch.randn(B * T, 3, 224, 224, device=device)  # no prompts, no uint8 to convert
         work = partial(model.encode_image, frames) if who == "openai" else partial(

@@ -65,14 +65,15 @@ def outline(shape, dx, dy, r):
     return abs(distance - 0.7 * r) - 0.3 * r  # a ring
 
 
-def render_clip(colour, pair, t, rng):
+def render_clip(colour, pair, t, rng, shape=None):
     """Frames (len(t), 36, 36, 3) of a shape on grey that moves, grows or fades as t says.
 
     t runs from 1 to -1 for the first of twins and back for the second: nothing but the order of the
     frames tells them apart. The world is 32 x 32; the rim is what evaluation crops away.
     """
     # All is drawn for every clip and always in this order: a seed's world stays what it is.
-    shape = rng.integers(5)
+    drawn = rng.integers(5)
+    shape = drawn if shape is None else shape
     grey = rng.uniform(10, 110)
     x, y = 17.5 + rng.uniform(-2, 2, (2, 1))
     radius = rng.uniform(4.5, 6.5)

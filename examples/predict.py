@@ -14,7 +14,6 @@ import contextlib
 import json
 import math
 import os
-import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -30,8 +29,6 @@ import plots
 import prepare
 import train
 
-FILES_OF_NAMES = (".txt", ".csv")
-
 
 def parser():
     p = data.Parser(allow_abbrev=False, description="Name the actions in videos.")
@@ -42,9 +39,7 @@ def parser():
     flag("--json", action="store_true", help="predictions as JSON; all else goes to stderr")
     flag("--picture", metavar="FILE", help="a PNG of the frames and the class token's attention")
     train.add_model_flags(p)
-    flag("--templates", nargs="+", metavar="TEXT",
-         type=train.template, help="texts with {} for the class name (16 of the official code)")
-    flag("--descriptions", metavar="FILE", help="texts to stand for the class names")
+    train.add_text_flags(p)
     return p
 
 
@@ -175,16 +170,7 @@ def check(args):
             raise ValueError(f"{video}: no such video, nor folder of frames")
     if args.picture and not Path(args.picture).parent.is_dir():
         raise ValueError(f"{args.picture}: no such folder to write to")
-    names = args.class_names
-    if len(names) == 1 and (names[0].endswith(FILES_OF_NAMES) or os.path.isfile(names[0])):
-        args.class_names = list(data.read_labels(names[0]).values())
-    words = [data.class_text(name) for name in args.class_names]
-    if len(set(words)) < len(words):
-        word = statistics.mode(words)
-        alike = [name for name in args.class_names if data.class_text(name) == word]
-        raise ValueError(f"--class-names has {word} twice, in {' and in '.join(alike)}")
-    if not words and not args.checkpoint:
-        raise ValueError("--class-names is needed, the names to choose from, or a file of them")
+    args.class_names = train.classes_of(args)
 
 
 @torch.inference_mode()
@@ -193,9 +179,7 @@ def predict(args):
     check(args)
     model = train.build_model(args)
     config = model.config
-    classes = args.class_names or ezclip.read_weights(args.checkpoint).get("classes")
-    if not classes:
-        raise ValueError(f"{args.checkpoint}: names no classes, --class-names is needed")
+    classes = args.class_names
     texts = train.encode_classes(classes, args, model)
     width = max(map(len, classes))
     videos = []

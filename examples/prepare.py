@@ -32,15 +32,17 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 # ---- the frames of a video ----
 
 def ffmpeg(video, *options):
-    """Start ffmpeg on the film of a video, not the picture of a cover; a process with pipes."""
+    """Start ffmpeg on the film of a video, not the picture of a cover, or of "-", what is piped to
+    this program; a process with pipes."""
     import imageio_ffmpeg
     command = [
         imageio_ffmpeg.get_ffmpeg_exe(), "-nostdin", "-hide_banner", "-nostats",
         "-loglevel", "level+info",
-        "-protocol_whitelist", "file",  # a playlist that calls itself a video fetches nothing
+        # a playlist that calls itself a video fetches nothing
+        "-protocol_whitelist", "pipe" if video == "-" else "file",
         "-threads", "1",  # one video per core is faster than all cores on one video
         "-reinit_filter", "0",  # where sizes change within a video, `scale` goes along
-        "-i", str(Path(video).absolute()),
+        "-i", "pipe:0" if video == "-" else str(Path(video).absolute()),
         "-map", "0:V:0",
         "-fps_mode", "passthrough"]  # every frame of the file, none of them twice
     return subprocess.Popen([*command, *options], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -48,30 +50,35 @@ def ffmpeg(video, *options):
 
 def video_frames(video, complaints, chosen=None):
     """Yield the frames of a video, or those at the positions `chosen`, as RGB images whose shorter
-    side is 256. What ffmpeg complains of is added to `complaints`, a list."""
+    side is 256 and whose `info` has their "seconds". What ffmpeg complains of is added to
+    `complaints`, a list."""
     filters = ("scale=w='if(gt(iw,ih),-1,256)':h='if(gt(iw,ih),256,-1)':eval=frame,format=rgb24,"
                "showinfo=checksum=0")
     if chosen is not None:
         filters = f"select='{'+'.join(f'eq(n,{i})' for i in chosen)}',{filters}"
     process = ffmpeg(video, "-noautoscale", "-vf", filters, "-f", "rawvideo", "-")
-    sizes = queue.SimpleQueue()  # which differ where the video's do
+    shown = queue.SimpleQueue()  # times and sizes, which differ where the video's do
 
     def listen():
         for line in process.stderr:
             line = line.decode(errors="replace").strip()
-            shown = re.search(r"showinfo.* s:(\d+)x(\d+)", line)
-            if shown:
-                sizes.put((int(shown[1]), int(shown[2])))
+            frame = re.search(r"showinfo.* pts_time:(\S+) .* s:(\d+)x(\d+)", line)
+            if frame:
+                seconds = float(frame[1].replace("NOPTS", "nan"))
+                shown.put((seconds, int(frame[2]), int(frame[3])))
             elif "[error]" in line or "[fatal]" in line:
                 complaints.append(line)
-        sizes.put(None)
+        shown.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
     try:
-        while size := sizes.get():
-            pixels = process.stdout.read(3 * size[0] * size[1])
-            if len(pixels) == 3 * size[0] * size[1]:
-                yield Image.frombytes("RGB", size, pixels)
+        while frame := shown.get():
+            seconds, width, height = frame
+            pixels = process.stdout.read(3 * width * height)
+            if len(pixels) == 3 * width * height:
+                image = Image.frombytes("RGB", (width, height), pixels)
+                image.info["seconds"] = seconds
+                yield image
     finally:
         process.kill()
         process.wait()
