@@ -474,6 +474,24 @@ def test_equal_to_hugging_face(tmp_path):
             refused(tmp_path / "alone/bad.bin", f"(missing|misshapen): .*{key[:-7]}")
 
 
+@torch.no_grad()
+def test_another_vocabulary(tmp_path):
+    """Its end of text is not the largest id: encode_text is told where it is, train.py refuses."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    torch.manual_seed(0)
+    tower = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1)
+    model = transformers.CLIPModel(transformers.CLIPConfig(
+        text_config=dict(**tower, vocab_size=100, eos_token_id=3, max_position_embeddings=16),
+        vision_config=dict(**tower, image_size=32, patch_size=8), projection_dim=32)).eval()
+    model.save_pretrained(tmp_path)
+    ids = torch.tensor([[2, 60, 26, 53, 3, 0, 0], [2, 32, 24, 15, 4, 34, 3]])
+    end = (ids == 3).int().argmax(-1)
+    features = EZCLIP.from_pretrained(tmp_path).encode_text(ids, end)
+    near(features, model.text_projection(model.text_model(ids)[1]))
+    with pytest.raises(ValueError, match="its vocabulary of 100 is not .*: from Python, give enc"):
+        train.build_model(train.parser().parse_args(["--clip", str(tmp_path)]))
+
+
 @pytest.mark.parametrize("head_width, ratio, quick", [(80, 4.9231, True), (64, 4.3637, False)])
 @torch.no_grad()
 def test_equal_to_open_clip(head_width, ratio, quick, tmp_path):

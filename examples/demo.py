@@ -188,7 +188,9 @@ def prepare(args, out, seed, command):
 
 def plot(path, frames, rows):
     """A strip of frames for each of eight actions, and below them the ablation as bars."""
-    fig, axes = figure(8, 7, [*TWINS, ("bars", "bars")], height_ratios=[1, 1, 1, 1, 4])
+    fig, axes = figure(8, 7.5, [*TWINS, ("bars", "bars")], height_ratios=[1, 1, 1, 1, 4])
+    fig.suptitle("Each action has a twin, the same played backwards: only the order of frames tells",
+                 fontsize=11)
     colours = np.repeat([*COLOURS], 2)  # twins have one colour
     for colour, word in zip(colours, np.ravel(TWINS)):
         name = class_name(colour, word)
@@ -210,7 +212,8 @@ def plot(path, frames, rows):
         bars.bar_label(drawn, fmt="%.0f", fontsize=8, padding=2, bbox=behind)
     bars.axhline(50, color="0.5", linestyle=":", zorder=0, label="most to expect without order")
     bars.set_xticks(range(len(rows)), [row.replace(", ", ",\n") for row in rows])
-    bars.set(ylabel="top-1 accuracy (%)", ylim=(0, 105))
+    bars.set(ylabel="top-1 accuracy (%)", ylim=(0, 105),
+             xlabel="Part by part: temporal prompts let a frame see the others, and know its place")
     bars.legend(ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1))
     save_figure(fig, path)
 

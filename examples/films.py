@@ -18,6 +18,7 @@ import json
 import math
 import os
 import sys
+import textwrap
 from collections import deque
 from pathlib import Path
 
@@ -192,7 +193,7 @@ def plot_film(path, film, classes, windows, stretches):
     for row in range(rows):
         mosaic.append([f"frame {row * COLUMNS + i}" for i in range(COLUMNS)])
     height = 0.8 + 0.25 * len(named)
-    fig, axes = plots.figure(10, height + 1.3 * rows, mosaic, height_ratios=[height, *[1.3] * rows])
+    fig, axes = plots.figure(10, height + 1.5 * rows, mosaic, height_ratios=[height, *[1.5] * rows])
     axis = axes.pop("time")
     order = [classes.index(name) for name in named]
     first, last = windows[0][0], windows[-1][0]
@@ -209,8 +210,8 @@ def plot_film(path, film, classes, windows, stretches):
         axis.axis("off")
     for axis, stretch in zip(axes.values(), chosen):
         axis.imshow(np.asarray(stretch["frame"]))
-        name = plots.printable(stretch["class"] or NONE)
-        axis.set_title(f"{clock(stretch['start'])}\n{name[:20]}", fontsize=7)
+        name = textwrap.wrap(plots.printable(stretch["class"] or NONE), 15)
+        axis.set_title("\n".join([clock(stretch["start"]), *name[:3]]), fontsize=7)
     plots.save_figure(fig, path)
 
 
