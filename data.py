@@ -387,8 +387,8 @@ def _is_frame(name):
 
 
 def read_frame(path, size=None, crop=None):
-    """An RGB image; or with a size the uint8 (3, size, size) of its `crop_box`. One that cannot be
-    decoded is a ValueError that names it."""
+    """An RGB image, or with a size what `to_square` makes of it. One that cannot be decoded is a
+    ValueError that names it."""
     try:
         with Image.open(path) as image:
             width, height = image.size
@@ -402,10 +402,14 @@ def read_frame(path, size=None, crop=None):
             image = to_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: unreadable frame ({error})") from None
-    if not size:
-        return image
-    scale = round(width / image.width)
-    box = [edge / scale for edge in crop_box(width, height, size, crop)]
+    return to_square(image, size, crop, width, height) if size else image
+
+
+def to_square(image, size, crop=None, width=None, height=None):
+    """The `crop_box` of an RGB image as uint8 (3, size, size); width and height are those of its
+    file, if it was decoded at a smaller size."""
+    scale = round(width / image.width) if width else 1
+    box = [edge / scale for edge in crop_box(width or image.width, height or image.height, size, crop)]
     kind = Image.Resampling.BILINEAR if crop else Image.Resampling.BICUBIC
     square = image.resize((size, size), kind, box)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()

@@ -346,9 +346,11 @@ class EZCLIP(nn.Module):
         tokenizer has it. What stands behind them changes nothing, L may be that of the longest
         text; one of more than context_length tokens is a ValueError.
         """
+        N, L = tokens.shape
         if end is None:
             end = tokens.argmax(-1)  # (N,)
-        N, L = tokens.shape
+        if end.shape != (N,):
+            raise ValueError(f"end is ({N},), a position for each text, not {tuple(end.shape)}")
         if L > self.config.context_length:
             raise ValueError(f"a text of {L} tokens is longer than context_length "
                              f"{self.config.context_length}")

@@ -46,7 +46,6 @@ def parser():
     flag("--text-length", type=data.at_least(1), help="tokens of a text (the model's context, 77)")
     train.add_model_flags(p)
     train.add_text_flags(p)
-    p.set_defaults(device="cpu")
     return p
 
 
@@ -91,12 +90,25 @@ def sha256(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
+def example_inputs(config, length, counts):
+    """Random videos and texts for a model, a batch of each of these sizes."""
+    videos, texts = [], []
+    shape = config.num_frames, 3, config.image_size, config.image_size
+    last = config.vocab_size - 1  # the end of a text is its largest id
+    for count in counts:
+        videos.append(torch.randint(256, (count, *shape), dtype=torch.uint8))
+        tokens = torch.randint(1, last, (count, length))
+        texts.append(tokens.scatter(1, torch.randint(length, (count, 1)), last))
+    return videos, texts
+
+
 @torch.inference_mode()
 def describe(model, args):
     """What classes.json says of the model and its classes, before the files are there."""
     config = model.config
     features, templates = [], []
     if args.class_names:
+        train.tokens_of(args.class_names, args, args.text_length)  # names the text that is too long
         features = train.encode_classes(args.class_names, args, model)
         features = F.normalize(features, dim=-1).double().round(decimals=7).tolist()
         templates = args.templates or (["{}"] if args.descriptions else data.TEMPLATES)
@@ -114,49 +126,52 @@ def describe(model, args):
         "text_features": features}
 
 
-def main(argv=None):
-    args = train.parser().parse_args([])  # what the flags of this program leave open
-    args.eval_only = True
-    args = parser().parse_args(argv, args)
+def check(args):
+    """Find errors before a model is loaded, and the classes, if there are any."""
     missing = [name for name in PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(f"{', '.join(missing)} are needed: pip install {' '.join(PACKAGES)}")
     if args.precision == "bf16" or args.device != "cpu":
         raise ValueError("what is exported is fp32, by the CPU: leave --precision and --device out")
-    out, part = Path(args.out), Path(f"{args.out}.part")
-    if out.exists():
-        raise ValueError(f"{out}: exists already")
     if args.class_names or args.checkpoint:
         args.class_names = train.classes_of(args)
+    elif args.templates or args.descriptions:
+        raise ValueError("--templates and --descriptions go with --class-names")
+
+
+def main(argv=None):
+    args = train.parser().parse_args([])  # what the flags of this program leave open
+    args.eval_only, args.device = True, "cpu"
+    args = parser().parse_args(argv, args)
+    out = Path(args.out)
+    part = out.with_name(f"{out.name}.part")  # becomes --out when all is in it
+    for folder in (out, part):
+        if folder.exists():
+            raise ValueError(f"{folder}: exists already")
+    check(args)
     model = train.build_model(args).eval().requires_grad_(False)
-    config = model.config
-    args.text_length = args.text_length or config.context_length
-    if args.text_length > config.context_length:
-        raise ValueError(f"--text-length {args.text_length} is more than the model's context, "
-                         f"{config.context_length}")
+    context = model.config.context_length
+    args.text_length = args.text_length or context
+    if args.text_length > context:
+        raise ValueError(f"--text-length {args.text_length} is more than the model's context, {context}")
     content = describe(model, args)
 
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
-    S, L = config.image_size, args.text_length
-    videos, texts = [], []
-    for count in (2, 1, 5):  # the first is what the export sees
-        videos.append(torch.randint(256, (count, config.num_frames, 3, S, S), dtype=torch.uint8))
-        tokens = torch.randint(1, config.vocab_size - 1, (count, L))
-        ends = torch.randint(L, (count, 1))
-        texts.append(tokens.scatter(1, ends, config.vocab_size - 1))
-    shutil.rmtree(part, ignore_errors=True)  # of an export that was stopped
+    counts = (2, 1, 5)  # the export sees the first
+    videos, texts = example_inputs(model.config, args.text_length, counts)
     part.mkdir(parents=True)
     try:
-        for name, method, inputs in (("video", "encode_video", videos),
-                                     ("text", "encode_text", texts)):
+        for name, method, input_name, inputs in (("video", "encode_video", "video", videos),
+                                                 ("text", "encode_text", "tokens", texts)):
             encoder = Encoder(model, method)
             path = part / f"{name}.onnx"
-            export(encoder, inputs[0], path, "tokens" if name == "text" else name)
+            export(encoder, inputs[0], path, input_name)
             difference = largest_difference(encoder, path, inputs)
             print(f"{name}.onnx: ONNX Runtime differs from PyTorch by {difference:.1e} of the largest "
-                  f"feature, in batches of {', '.join(str(len(batch)) for batch in inputs)}")
+                  f"feature, in batches of {', '.join(map(str, counts))}")
             if not difference < TOLERANCE:
                 raise ValueError(f"{name}.onnx: that is more than {TOLERANCE}, nothing is kept")
+        # what a user has to trust, and to tell one export from another by
         files = sorted(part.iterdir())
         content["sha256"] = {file.name: sha256(file) for file in files}
         content["sha256"]["clip"] = model.weights_sha256

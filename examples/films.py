@@ -13,7 +13,6 @@ the probability P. --json has all windows; --picture draws them, with a frame of
 """
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -59,7 +58,7 @@ def parser():
 
 class Windows:
     """Iterate over the windows of a film: (start in seconds, T images). `seconds` is how much of it
-    has been read, `over` whether all windows have been given.
+    has been read.
 
     An image is what the film shows in the middle of one of T equal parts of the window. Windows
     that the film's end cuts are left out, unless it is the first.
@@ -70,47 +69,43 @@ class Windows:
         self.every, self.window = every, window
         self.moments = (np.arange(num_frames) + 0.5) * window / num_frames
         self.seconds = 0.0
-        self.over = False
 
     def __iter__(self):
-        begun, shown, first, begins = deque(), None, None, 0.0
-        step = 0.0  # the time that the last frame is shown
-        number = 0
+        begun = deque()  # windows that are not complete: (start, images)
+        number = 0  # of windows that have begun
+        shown = None  # the frame before
+        offset = step = 0.0  # step: how long that was shown
         for frame in self.frames:
-            if first is None:
-                first = frame.info["seconds"]
-            now = frame.info["seconds"] - first
-            if not now >= 0:
-                raise ValueError("the film's frames have no times")
-            step, self.seconds = max(0.0, now - begins), now
-            while number * self.every <= now:
+            time = frame.info["seconds"]
+            if math.isnan(time):
+                raise ValueError("its frames have no times")
+            if shown is None:
+                offset = time
+            elif time - offset < self.seconds:  # times begin anew, as in files that were joined
+                offset = time - (self.seconds + step)
+            now = time - offset
+            step, self.seconds = now - self.seconds, now
+            yield from self.completed(begun, shown, now)
+            while number * self.every <= now:  # one after another: times may jump
                 begun.append((number * self.every, []))
                 number += 1
-            self.fill(begun, shown, now)
-            while begun and begun[0][0] + self.window <= now:
-                yield begun.popleft()
-            shown, begins = frame, now
+                yield from self.completed(begun, shown, now)
+            shown = frame
 
         # the last frame is shown as long as the one before it
         self.seconds += step
-        self.fill(begun, shown, np.inf)
         for start, images in begun:
             if start == 0 or start + self.window <= self.seconds + step / 2:
+                images += [shown] * (len(self.moments) - len(images))
                 yield start, images
-        self.over = True
 
-    def fill(self, begun, shown, now):
-        """Up to `now` the film has shown this frame."""
+    def completed(self, begun, shown, now):
+        """Yield the windows that are over, where up to `now` the film has shown this frame."""
         for start, images in begun:
             while len(images) < len(self.moments) and start + self.moments[len(images)] < now:
                 images.append(shown)
-
-
-def square(image, size):
-    """An image as the uint8 (3, size, size) that evaluation makes of a frame."""
-    file = io.BytesIO()
-    image.save(file, "PPM")
-    return data.read_frame(file, size)
+        while begun and begun[0][0] + self.window <= now:
+            yield begun.popleft()
 
 
 # ---- from windows to stretches ----
@@ -126,7 +121,7 @@ class Stretches:
         self.film, self.classes, self.none = film, classes, none
         self.found = []
         self.now = None  # the stretch that goes on
-        self.unnamed = None  # one before it that may go on if this stays unnamed too
+        self.unnamed = None  # the one before it, which goes on if this stays unnamed too
 
     def add(self, start, probabilities, image):
         best = int(probabilities.argmax())
@@ -134,26 +129,26 @@ class Stretches:
         if self.now is None or self.now["class"] != self.classes[best]:
             begin = start + (self.film.window - self.film.every) / 2 if self.now else 0.0
             self.close(begin)
-            self.now = {"start": begin, "class": self.classes[best], "answers": [], "frame": image}
-        if p >= max(self.now["answers"], default=0):
-            self.now["frame"] = image  # the clearest
-        self.now["answers"].append(p)
+            self.now = {"start": begin, "class": self.classes[best], "sum": 0.0, "windows": 0,
+                        "best": -1.0}
+        if p > self.now["best"]:
+            self.now.update(best=p, frame=image)  # the clearest
+        self.now["sum"] += p
+        self.now["windows"] += 1
+        if p >= self.none:
+            self.show_unnamed()
 
     def close(self, end):
-        """End the stretch, and show it and what is before it, but one that may still go on."""
+        """End the stretch and show it; one without a name may still go on."""
         ended, self.now = self.now, None
         if ended is None:
             return
         ended["end"] = end
-        if max(ended["answers"]) < self.none:
-            ended["class"] = None
-            if self.unnamed:
-                ended["start"] = self.unnamed["start"]
-                ended["answers"] = self.unnamed["answers"] + ended["answers"]
-            self.unnamed = ended
-        else:
-            self.show_unnamed()
-            self.show(ended)
+        if ended["best"] >= self.none:
+            return self.show(ended)
+        if self.unnamed:
+            ended["start"] = self.unnamed["start"]
+        self.unnamed = {**ended, "class": None}
 
     def show_unnamed(self):
         if self.unnamed:
@@ -161,19 +156,24 @@ class Stretches:
         self.unnamed = None
 
     def show(self, stretch):
-        p = float(np.mean(stretch.pop("answers")))
+        p = stretch["sum"] / stretch["windows"]
         answer = f"{stretch['class']}  {100 * p:.0f} %"
         if stretch["class"] is None:
             p, answer = None, NONE
-        self.found.append({**stretch, "probability": p})
-        print(f"{clock(stretch['start'])}-{clock(stretch['end'])}  {answer}", flush=True)
+        self.found.append({"start": stretch["start"], "end": stretch["end"],
+                           "class": stretch["class"], "probability": p, "frame": stretch["frame"]})
+        tenths = self.film.every < 1
+        times = [clock(stretch[moment], tenths) for moment in ("start", "end")]
+        print(f"{'-'.join(times)}  {answer}", flush=True)
 
 
-def clock(seconds):
-    """12 -> 00:12, 3723 -> 1:02:03"""
-    minutes, seconds = divmod(int(seconds + 0.5), 60)
+def clock(seconds, tenths=False):
+    """12 -> 00:12 or 00:12.0, 3723 -> 1:02:03"""
+    parts = 10 if tenths else 1
+    minutes, rest = divmod(int(seconds * parts + 0.5), 60 * parts)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes:02}:{seconds:02}"
+    seconds = f"{rest / 10:04.1f}" if tenths else f"{rest:02}"
+    return f"{hours}:{minutes:02}:{seconds}" if hours else f"{minutes:02}:{seconds}"
 
 
 # ---- the picture ----
@@ -201,8 +201,8 @@ def plot_film(path, film, classes, windows, stretches):
     box = (first + middle, last + middle + film.every, len(named) - 0.5, -0.5)
     image = axis.imshow(100 * probabilities[:, order].T, cmap="cividis", vmin=0, vmax=100,
                         aspect="auto", interpolation="nearest", extent=box)
-    axis.set_yticks(range(len(named)), [plots.printable(name) for name in named])
-    axis.set(xlim=(0, film.seconds))
+    axis.set_yticks(range(len(named)), [plots.printable(name)[:40] for name in named])
+    axis.set(xlim=(0, film.seconds or 1))
     axis.xaxis.set_major_formatter(lambda seconds, _: clock(seconds))
     axis.xaxis.get_major_locator().set_params(integer=True)
     fig.colorbar(image, ax=axis, label="probability (%)")
@@ -210,7 +210,7 @@ def plot_film(path, film, classes, windows, stretches):
         axis.axis("off")
     for axis, stretch in zip(axes.values(), chosen):
         axis.imshow(np.asarray(stretch["frame"]))
-        name = textwrap.wrap(plots.printable(stretch["class"] or NONE), 15)
+        name = textwrap.wrap(plots.printable(stretch["class"] or NONE), 14)
         axis.set_title("\n".join([clock(stretch["start"]), *name[:3]]), fontsize=7)
     plots.save_figure(fig, path)
 
@@ -221,56 +221,82 @@ def check(args):
     """Find errors before a model is loaded, and the classes."""
     if args.film != "-" and not os.path.isfile(args.film):
         raise ValueError(f"{args.film}: no such film")
-    if args.picture and not Path(args.picture).parent.is_dir():
-        raise ValueError(f"{args.picture}: no such folder to write to")
+    if args.none > 1:
+        raise ValueError(f"--none {args.none} is no probability, which is 1 at most")
+    if args.picture and (os.path.isdir(args.picture) or not Path(args.picture).parent.is_dir()):
+        raise ValueError(f"{args.picture}: no such folder to write to, or one itself")
     args.class_names = train.classes_of(args)
+
+
+def answers(film, texts, model, args):
+    """Yield (start, images, probabilities of the classes) of a film's windows."""
+    before, probabilities = None, None
+    for start, images in film:
+        if images != before:  # else the picture stands still
+            size = model.config.image_size
+            clip = torch.stack([data.to_square(image, size) for image in images])
+            features = train.encode_clips(clip[None], args, model)  # (1, E)
+            probabilities = class_probabilities(features, texts)[0].cpu()  # (classes,)
+        if not probabilities.isfinite().all():
+            raise ValueError("the model's features are not finite: its weights are broken")
+        yield start, images, probabilities
+        before = images
 
 
 @torch.inference_mode()
 def name_film(args):
-    """Print the stretches of a film; returns what --json prints."""
+    """Print the stretches of a film; returns what --json prints, and whether it was stopped."""
     check(args)
     model = train.build_model(args).eval()
-    config, classes = model.config, args.class_names
-    texts = train.encode_classes(classes, args, model)
-    complaints, kept = [], []
-    frames = prepare.video_frames(args.film, complaints)
-    film = Windows(frames, args.every, args.window, config.num_frames)
-    stretches = Stretches(film, classes, args.none)
-    for start, images in film:
-        clip = torch.stack([square(image, config.image_size) for image in images])
-        features = train.encode_clips(clip[None], args, model)  # (1, E)
-        probabilities = class_probabilities(features, texts)[0].cpu()  # (classes,)
-        if not probabilities.isfinite().all():
-            raise ValueError("the model's features are not finite: its weights are broken")
-        small = None
-        if args.picture:
-            small = images[len(images) // 2].copy()
-            small.thumbnail((160, 160))
-        stretches.add(start, probabilities, small)
-        if args.json or args.picture:
-            kept.append((start, probabilities.numpy()))
-    if not film.seconds and not stretches.now:
+    texts = train.encode_classes(args.class_names, args, model)
+    complaints, kept, stopped = [], [], False
+    film = Windows(prepare.video_frames(args.film, complaints), args.every, args.window,
+                   model.config.num_frames)
+    stretches = Stretches(film, args.class_names, args.none)
+    try:
+        for start, images, probabilities in answers(film, texts, model, args):
+            frame = None
+            if args.picture:
+                frame = images[len(images) // 2].copy()
+                frame.thumbnail((160, 160))
+            stretches.add(start, probabilities, frame)
+            if args.json or args.picture:
+                kept.append((start, probabilities.numpy()))
+    except KeyboardInterrupt:  # which is how most cameras end
+        stopped = True
+    except ValueError as error:
+        raise ValueError(f"{args.film}: {error}") from None
+    if not stretches.now and not stopped:
         said = complaints[0] if complaints else "no frames"
-        raise ValueError(f"{args.film}: is no readable video ({said})")
+        name = "what is piped, in a format that needs no seeking" if args.film == "-" else args.film
+        raise ValueError(f"{name}: is no readable video ({said})")
     stretches.close(film.seconds)
     stretches.show_unnamed()
     if complaints:
         data.warn(f"damaged {args.film}: {complaints[-1]}")
-    if args.picture:
-        plot_film(args.picture, film, classes, kept, stretches.found)
+    if args.picture and kept:
+        plot_film(args.picture, film, args.class_names, kept, stretches.found)
+    return report(args, model, film, kept, stretches.found), stopped
 
+
+def report(args, model, film, kept, stretches):
+    """What --json prints."""
     windows = []
     for start, probabilities in kept:
         best = []
         for k in (-probabilities).argsort(kind="stable")[:5]:
-            best.append({"class": classes[k], "probability": round(float(probabilities[k]), 6)})
-        windows.append({"start": start, "end": start + args.window, "classes": best})
-    found = [{key: value for key, value in stretch.items() if key != "frame"}
-             for stretch in stretches.found]
+            p = round(float(probabilities[k]), 6)
+            best.append({"class": args.class_names[k], "probability": p})
+        windows.append({"start": round(start, 3), "end": round(start + args.window, 3),
+                        "classes": best})
+    found = []
+    for stretch in stretches:
+        p = stretch["probability"]
+        found.append({"start": round(stretch["start"], 3), "end": round(stretch["end"], 3),
+                      "class": stretch["class"], "probability": p and round(p, 6)})
     return {"film": args.film, "clip": model.weights_path, "checkpoint": args.checkpoint,
-            "num_frames": config.num_frames, "seconds": film.seconds, "every": args.every,
-            "window": args.window, "stretches": found, "windows": windows}
+            "num_frames": model.config.num_frames, "seconds": round(film.seconds, 3),
+            "every": args.every, "window": args.window, "stretches": found, "windows": windows}
 
 
 def main(argv=None):
@@ -278,9 +304,11 @@ def main(argv=None):
     args.eval_only = True
     args = parser().parse_args(argv, args)
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        content = name_film(args)
+        content, stopped = name_film(args)
     if args.json:  # and nothing but JSON on stdout
         print(json.dumps(content, indent=1))
+    if stopped:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

@@ -168,8 +168,8 @@ def check(args):
     for video in args.videos:
         if not os.path.exists(video):
             raise ValueError(f"{video}: no such video, nor folder of frames")
-    if args.picture and not Path(args.picture).parent.is_dir():
-        raise ValueError(f"{args.picture}: no such folder to write to")
+    if args.picture and (os.path.isdir(args.picture) or not Path(args.picture).parent.is_dir()):
+        raise ValueError(f"{args.picture}: no such folder to write to, or one itself")
     args.class_names = train.classes_of(args)
 
 

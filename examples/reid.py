@@ -23,6 +23,8 @@ import json
 import re
 import shlex
 import sys
+from collections import Counter
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -82,7 +84,7 @@ def retrieval_scores(queries, query_labels, gallery, gallery_labels, exclude=Non
 def read_tracklets(root, name):
     """The lines of a list of CCVID's as dicts: folder, frames, person, clothes (person, label),
     camera. ValueError names a line, or a folder without frames."""
-    tracklets = []
+    tracklets, folders = [], set()
     for where, line in data.read_lines(root / name):
         cells = re.split(r"\t+", line)
         walk = re.fullmatch(r"(?:.*/)?session(\d+)/[^/]+_(\d+)/?", cells[0])
@@ -90,6 +92,9 @@ def read_tracklets(root, name):
             raise ValueError(f"{where}: expected session1/<person>_<walk>, person and clothes with "
                              f"tabs between them, not {line!r}")
         folder, person, clothes = cells
+        if folder in folders:
+            raise ValueError(f"{where}: {folder} is there for the second time")
+        folders.add(folder)
         try:
             frames = data.frame_names(root / folder)
         except OSError as error:
@@ -169,7 +174,7 @@ def encode(model, clips, args):
     return features, torch.cat(labels)
 
 
-def search_persons(model, root, queries, gallery, args):
+def search_persons(root, queries, gallery, model, args):
     """-> {protocol: scores} of the tracklets of query.txt and gallery.txt."""
     tracklets = queries + gallery
     config = model.config
@@ -178,69 +183,99 @@ def search_persons(model, root, queries, gallery, args):
     sums = torch.zeros(len(tracklets), config.embed_dim).index_add(0, of, features)
     means = sums / of.bincount()[:, None]  # (tracklets, E)
 
-    def numbers(key):  # equal ones for equal values
-        values = list(dict.fromkeys(tracklet[key] for tracklet in tracklets))
-        return torch.tensor([values.index(tracklet[key]) for tracklet in tracklets])
-
     Q = len(queries)
-
-    def same(key):  # (Q, G)
-        return numbers(key)[:Q, None] == numbers(key)[Q:]
-
-    persons = numbers("person")
+    same = {}  # (Q, G), whether two tracklets have the same person, clothes, camera
+    for key in ("person", "clothes", "camera"):
+        values = numbered(tracklet[key] for tracklet in tracklets)
+        same[key] = values[:Q, None] == values[Q:]
     excluded = {
-        "general": same("person") & same("camera"),
-        "clothes-changing": same("person") & (same("camera") | same("clothes"))}
+        "general": same["person"] & same["camera"],
+        "clothes-changing": same["person"] & (same["camera"] | same["clothes"])}
+    persons = numbered(tracklet["person"] for tracklet in tracklets)
     scores = {}
     for protocol, exclude in excluded.items():
         scores[protocol] = retrieval_scores(means[:Q], persons[:Q], means[Q:], persons[Q:], exclude)
     return scores
 
 
-def search_classes(model, test, args):
+def numbered(values):
+    """Equal numbers for equal values, (n,)."""
+    numbers = {}
+    values = list(values)
+    for value in values:
+        numbers.setdefault(value, len(numbers))
+    return torch.tensor([numbers[value] for value in values])
+
+
+def search_classes(test, is_query, model, args):
     """-> {"every other clip": scores} of the test clips of classes."""
     clips = data.Clips(test, model.config.num_frames, model.config.image_size)
     features, labels = encode(model, clips, args)
-    return {"every other clip": retrieval_scores(features[::2], labels[::2],
-                                                 features[1::2], labels[1::2])}
+    scores = retrieval_scores(features[is_query], labels[is_query],
+                              features[~is_query], labels[~is_query])
+    return {"every other clip": scores}
 
 
-def search(args, command):
-    """Train if asked, and print the scores; returns what --json prints."""
+# ---- a data set, a run ----
+
+def read_data(args):
+    """-> the Split to train on, and a function (model, args) that searches the rest."""
     root = Path(args.data)
-    persons = (root / "query.txt").is_file()
     lists = args.train_list, args.test_list, args.labels
-    if persons and any(lists):
-        raise ValueError(f"{root}: has lists of its own, leave --train-list, --test-list and --labels out")
-    if args.train and args.eval_only:
-        raise ValueError("--train and --eval-only do not go together")
-    if persons:
+    if any((root / f"{name}.txt").is_file() for name in ("train", "query", "gallery")):
+        if any(lists):
+            raise ValueError(f"{root}: has lists of its own, leave --train-list, --test-list and "
+                             "--labels out")
+        if not args.descriptions:
+            args.templates = args.templates or ["a video of person {}"]
         queries, gallery = (read_tracklets(root, name) for name in ("query.txt", "gallery.txt"))
         split = persons_split(root) if args.train else None
-        args.templates = args.templates or ["a video of person {}"]
-    else:
-        split, test = data.index_frames(root, *lists, args.allow_missing)
-        labels = torch.tensor([label for _, label in test.clips])
-        if not torch.isin(labels[::2], labels[1::2]).any():
-            raise ValueError(f"{root}: no class has two test clips, one to search for the other")
+        return split, partial(search_persons, root, queries, gallery)
+
+    split, test = data.index_frames(root, *lists, args.allow_missing)
+    before = Counter()
+    is_query = []
+    for _, label in test.clips:  # of each class every other clip
+        is_query.append(before[label] % 2 == 0)
+        before[label] += 1
+    if max(before.values(), default=0) < 2:
+        raise ValueError(f"{root}: no class has two test clips, one to search for the other")
+    return split, partial(search_classes, test, torch.tensor(is_query))
+
+
+def train_first(args, split, command):
+    """Train on a Split -> the flags of the model that came of it, and what results.json has."""
+    flags = argparse.Namespace(**vars(args))
+    del flags.train, flags.json  # a run is the same without them
+    flags.out = args.out or f"runs/{Path(args.data).resolve().name}"
+    content = train.run(flags, split, {}, command)
+    train.add_up(torch.tensor(0))  # of several processes one has written last.pt
+    last = str(Path(flags.out, "last.pt"))
+    flags.clip, flags.checkpoint, flags.num_frames = None, last, None
+    if flags.prompts == "none" and flags.no_adapters and not flags.temporal_adapter:
+        flags.clip, flags.checkpoint = last, None  # with --tune all a CLIP was trained
+    return flags, content
+
+
+def evaluate(args, command):
+    """Train if asked, and print the scores; returns what --json prints."""
+    split, search = read_data(args)
+    content = {}
     if args.train:
-        args.out = args.out or f"runs/{root.resolve().name}"
-        trained = train.run(args, split, {}, command)
-        args.checkpoint, args.num_frames = str(Path(args.out, "last.pt")), None
+        args, content = train_first(args, split, command)
+    if train.rank():
+        return {}  # one process searches
     args.eval_only = True
     model = train.build_model(args)
-    if persons:
-        scores = search_persons(model, root, queries, gallery, args)
-    else:
-        scores = search_classes(model, test, args)
+    scores = search(model, args)
     for name, row in scores.items():
         shown = [f"{key} {100 * row[key]:.1f} %" for key in ("rank1", "rank5", "mAP")]
         print(f"{name}: {', '.join(shown)}, n = {row['n']}")
         if row["left_out"]:
             print(f"{row['left_out']} queries without a match in the gallery are left out")
-    if args.train:
-        train.write_results(args, command, trainable=trained["trainable"],
-                            seconds=trained["seconds"], results=scores)
+    if content:
+        train.write_results(args, command, trainable=content["trainable"],
+                            seconds=content["seconds"], results=scores)
     return {
         "clip": model.weights_path,
         "checkpoint": args.checkpoint,
@@ -255,9 +290,14 @@ def main(argv=None):
     args = parser().parse_args(argv)
     if not args.data:
         raise ValueError("--data is needed, a folder of CCVID or of class folders")
+    if args.train and args.eval_only:
+        raise ValueError("--train and --eval-only do not go together")
+    if not args.train and (args.out or args.resume):
+        raise ValueError("--out and --resume go with --train")
     command = shlex.join(["python", "examples/reid.py", *argv])
-    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        content = search(args, command)
+    aside = args.json and not train.rank()
+    with contextlib.redirect_stdout(sys.stderr if aside else sys.stdout):
+        content = evaluate(args, command)
     if args.json:
         print(json.dumps(content, indent=1))
     train.leave_processes()

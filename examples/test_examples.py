@@ -12,6 +12,7 @@ import shutil
 import statistics
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -441,7 +442,18 @@ def test_windows_show_what_the_film_shows(start):
     found = [(begin, [image.getpixel((0, 0))[0] for image in images]) for begin, images in film]
     # windows of 2 seconds look at 0.25, 0.75, 1.25 and 1.75 seconds after their beginning
     assert found == [(0, [0, 1, 4, 4]), (1, [4, 4, 4, 4]), (2, [4, 4, 6, 7]), (3, [6, 7, 8, 9])]
-    assert film.over and film.seconds == pytest.approx(5)
+    assert film.seconds == pytest.approx(5)
+
+
+def test_times_that_begin_anew_or_jump():
+    joined = [5000, 5001, 5002, 5003, 0, 1, 2, 3]  # two files of four seconds
+    film = films.Windows(shown_at(*joined), 1.0, 2.0, 2)
+    assert [images[0].getpixel((0, 0))[0] for _, images in film] == [0, 1, 2, 3, 4, 5, 6]
+    assert film.seconds == 8
+    film = iter(films.Windows(shown_at(0, 1, 1e9), 1.0, 2.0, 2))
+    for _ in range(1000):  # none is kept that nobody has asked for
+        _, images = next(film)
+    assert [image.getpixel((0, 0))[0] for image in images] == [1, 1]
 
 
 @pytest.mark.parametrize("moments, found", [
@@ -456,20 +468,17 @@ def test_the_end_of_a_film(moments, found):
 
 
 def test_no_more_of_a_film_is_kept_than_its_windows_need():
-    alive = []
     for frames in (200, 2000):
-        kept = set()
-        film = films.Windows(shown_at(*np.arange(frames) / 25), 1.0, 2.0, 4)
-        original = film.fill
+        alive, most = [], 0
 
-        def fill(begun, shown, now):
-            original(begun, shown, now)
-            kept.add(sum(len(images) for _, images in begun))
+        def watched():
+            for frame in shown_at(*np.arange(frames) / 25):
+                alive.append(weakref.ref(frame))
+                yield frame
 
-        film.fill = fill
-        assert len(list(film)) == frames // 25 - 1
-        alive.append(max(kept))
-    assert alive[0] == alive[1] <= 8
+        for start, _ in films.Windows(watched(), 1.0, 2.0, 4):
+            most = max(most, sum(frame() is not None for frame in alive))
+        assert start == frames // 25 - 2 and 4 < most < 12
 
 
 def test_stretches_of_equal_answers(capsys):
@@ -487,14 +496,17 @@ def test_stretches_of_equal_answers(capsys):
             others[k] = p
             stretches.add(start, others, f"frame {start}")
             said = capsys.readouterr().out.splitlines()
-            assert said == lines[:len(said)]  # each as soon as it is over
+            assert said == lines[:len(said)]
             lines = lines[len(said):]
+            if start == 6:  # all that is before it is told, also what has no name
+                assert lines[0].startswith("00:07")
         stretches.close(11.0)
         stretches.show_unnamed()
         assert capsys.readouterr().out.splitlines() == lines
     assert [stretch["frame"] for stretch in stretches.found] == [
         "frame 0", "frame 2", "frame 4", "frame 6", "frame 8"]
     assert [films.clock(t) for t in (11.6, 3723, 59.5)] == ["00:12", "1:02:03", "01:00"]
+    assert [films.clock(t, True) for t in (9.75, 59.96)] == ["00:09.8", "01:00.0"]
 
 
 def test_a_film_is_named(world, tmp_path, capsys, monkeypatch):
@@ -528,7 +540,7 @@ def test_a_film_is_named(world, tmp_path, capsys, monkeypatch):
     assert [answer["class"] for answer in answers] == [
         ["Archery", "BabyCrawling", "Clap"][k] for k in order]
 
-    films.main(["film.avi", *flags, "--none", "1.1", "--class-names", "wave", "clap"])
+    films.main(["film.avi", *flags, "--none", "1", "--class-names", "wave", "clap"])
     assert capsys.readouterr().out == "00:00-00:06  none of these\n"
     with open("film.avi", "rb") as file:  # what ffmpeg inherits as standard input
         piped = subprocess.run([sys.executable, EXAMPLES / "films.py", "-", *flags], stdin=file,
@@ -536,10 +548,24 @@ def test_a_film_is_named(world, tmp_path, capsys, monkeypatch):
     assert piped.stdout == said.err, piped.stderr
 
 
+def test_a_camera_ends_by_ctrl_c(world, monkeypatch, capsys):
+    def camera(*_):
+        yield from shown_at(*np.arange(0, 5, 0.1))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare, "video_frames", camera)
+    with pytest.raises(SystemExit) as stop:
+        films.main(["-", "--checkpoint", str(world.whole / "last.pt"), "--json", "--device", "cpu"])
+    content = json.loads(capsys.readouterr().out)
+    assert stop.value.code == 130
+    assert len(content["windows"]) == 3 and content["stretches"][-1]["end"] == 4.9
+
+
 @pytest.mark.parametrize("flags, word", [
     ("gone.mp4", "gone.mp4: no such film"), ("names.txt", "names.txt: is no readable video"),
     (". --every 1", ".: no such film"), ("names.txt --every 0", "--every"),
     ("names.txt --window nan", "--window"), ("names.txt --picture gone/a.png", "no such folder"),
+    ("names.txt --none 30", "--none 30.0 is no probability"), ("names.txt --picture .", ".: no such"),
     ("names.txt --class-names a_b A_b", "has a b twice")])
 def test_films_that_cannot_be_named(flags, word, world, tmp_path, monkeypatch):
     (tmp_path / "names.txt").write_text("clap\nwave\n")
@@ -549,10 +575,13 @@ def test_films_that_cannot_be_named(flags, word, world, tmp_path, monkeypatch):
 
 # ---- export.py ----
 
-def test_exported_towers_equal_the_model(world, tmp_path, capsys):
+def test_exported_towers_equal_the_model(world, tmp_path, capsys, monkeypatch):
     onnxruntime = pytest.importorskip("onnxruntime")
     for name in ("onnx", "onnxscript"):
         pytest.importorskip(name)
+    defaults = train.parser().parse_args([])  # on a machine with a GPU
+    defaults.device = "cuda"
+    monkeypatch.setattr(train, "parser", lambda: SimpleNamespace(parse_args=lambda _: defaults))
     checkpoint, out = str(world.whole / "last.pt"), tmp_path / "exported"
     flags = ["--checkpoint", checkpoint, "--out", str(out), "--class-names", "Ride a bike", "clap"]
     export.main([*flags, "--text-length", "20", "--templates", "a {}", "{}"])
@@ -587,11 +616,15 @@ def test_exported_towers_equal_the_model(world, tmp_path, capsys):
         ("clip", world.clip), ("checkpoint", checkpoint))}
     assert content["sha256"] == digests
     fails(export, flags, "exported: exists already")
+    (tmp_path / "mine.part").mkdir()
+    fails(export, [*flags[:2], "--out", f"{tmp_path}/mine/"], "mine.part: exists already")
 
 
 @pytest.mark.parametrize("flags, word", [
     ("--clip clip.pt --text-length 78", "--text-length 78 is more than"),
     ("--clip clip.pt --precision bf16", "leave --precision"),
+    ("--clip clip.pt --templates {}", "--templates and --descriptions go with"),
+    ("--checkpoint last.pt --text-length 3", "7 tokens with start and end, 3 fit"),
     ("--checkpoint gone.pt", "gone.pt"),
     ("--checkpoint last.pt --class-names a A", "has a twice"),
     ("--checkpoint last.pt", "onnxruntime are needed: pip install onnx onnxscript onnxruntime")])
@@ -1005,7 +1038,7 @@ def make_ccvid(root, lists=CCVID):
     for k, line in enumerate(sum(CCVID.values(), [])):
         save_frames(root / line.split()[0], 2 + 39 * k // 9, value=25 * k, name="{:05d}.jpg")
     for name, lines in lists.items():
-        (root / name).write_text("".join("\t".join(line.split()) + "\r\n" for line in lines))
+        (root / name).write_text("".join(line.replace(" ", "\t") + "\r\n" for line in lines))
     save_clip(root / "clip.pt")
     return ["--data", root, "--workers", "0", "--device", "cpu", "--batch-size", "2"]
 
@@ -1049,6 +1082,26 @@ def test_persons_are_trained_and_searched(tmp_path, capsys):
     assert (general["n"], general["left_out"], changing["n"], changing["left_out"]) == (2, 0, 1, 1)
 
 
+def test_persons_are_trained_in_all_ways(tmp_path, capsys):
+    root = tmp_path / "CCVID"
+    command = [*map(str, make_ccvid(root)), "--clip", str(root / "clip.pt"), "--num-frames", "2",
+               "--train", "--epochs", "1"]
+    for flags in ([], ["--tune", "all"], ["--tune", "all", "--prompts", "none", "--no-adapters"],
+                  ["--prompts", "none", "--temporal-adapter"]):
+        out = tmp_path / "-".join(["run", *flags])
+        reid.main([*command, *flags, "--out", str(out)])
+        assert json.loads((out / "results.json").read_text())["results"]["general"]["n"] == 2
+    capsys.readouterr()
+    reid.main([*command, "--out", str(tmp_path / "run"), "--resume", "--json"])
+    assert json.loads(capsys.readouterr().out)["results"]["general"]["n"] == 2
+    two = [*command, "--out", str(tmp_path / "two")]
+    assert in_processes(2, reid.main, two) == [0, 0]
+    assert json.loads((tmp_path / "two/results.json").read_text())["results"]["general"]["n"] == 2
+    (root / "query.txt").unlink()
+    with pytest.raises(FileNotFoundError, match="query.txt"):
+        reid.main(command[:2])
+
+
 @pytest.mark.parametrize("name, line, word", [
     ("query.txt", "session1/003_01 003", "query.txt:1: expected session1/<person>_<walk>"),
     ("query.txt", "session1/003 003 u", "query.txt:1: expected"),
@@ -1056,6 +1109,7 @@ def test_persons_are_trained_and_searched(tmp_path, capsys):
     ("gallery.txt", "session1/005_01 005 u", "session1/005_01: holds no frames"),
     ("gallery.txt", "", "gallery.txt: holds no tracklets"),
     ("gallery.txt", "session1/001_01 001 u", "no query has a match"),
+    ("query.txt", "session1/003_01 003 u\nsession1/003_01 003 v", "query.txt:2: session1/003_01 is"),
     ("train.txt", "001_01 001 u", "train.txt:1: expected")])
 def test_persons_that_cannot_be_searched(name, line, word, tmp_path):
     command = make_ccvid(tmp_path, {**CCVID, name: [line]})
@@ -1064,8 +1118,9 @@ def test_persons_that_cannot_be_searched(name, line, word, tmp_path):
     (tmp_path / "session1/005_01").mkdir()
     fails(reid, [*command, "--clip", tmp_path / "clip.pt", "--num-frames", "2"], word)
     assert not (tmp_path / "run").exists()
-    fails(reid, [*command, "--labels", "a.csv"], "has lists of its own")
-    fails(reid, [*command, "--train", "--eval-only"], "do not go together")
+    fails(reid, [*command[:2], "--labels", "a.csv"], "has lists of its own")
+    fails(reid, [*command[:2], "--train", "--eval-only"], "do not go together")
+    fails(reid, [*command[:2], "--resume"], "go with --train")
 
 
 # ---- protocols.py ----
