@@ -1516,7 +1516,7 @@ def test_the_demo_in_small(small_demo, monkeypatch, capsys):
     assert rows[2]["base"] == round(statistics.mean(bases), 2)
     assert rows[2]["base_std"] == round(statistics.stdev(bases), 2)
     with Image.open("runs/demo/demo.png") as picture:
-        assert picture.size == (960, 840)
+        assert picture.size == (960, 900)
         pixels = np.asarray(picture.convert("RGB"))
     for colour in ((0, 0x72, 0xB2), (0xE6, 0x9F, 0), (0, 0x9E, 0x73)):  # bars
         assert (pixels == colour).all(2).sum() > 100
