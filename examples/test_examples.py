@@ -1540,3 +1540,34 @@ def test_the_demo(tmp_path, monkeypatch):
     assert base["frozen CLIP"] <= 60 and base["+ adapters"] <= 60  # capped near 50
     assert base["+ temporal prompts"] >= 80 and base[protocols.SHUFFLED] <= 60
     assert Path("runs/demo/demo.png").exists()
+    run_the_pages(tmp_path)
+
+
+def run_the_pages(folder):
+    """Every command and all Python of the pages that starts from the demo runs here as it is written,
+    and prints as many lines as stand below it. (What they say depends on seed and machine.)"""
+    pytest.importorskip("onnxruntime")
+    for name in ("examples", "docs", "benchmarks", "data.py", "ezclip.py", "train.py",
+                 "clip_tokenizer.py", "bpe_simple_vocab_16e6.txt.gz"):
+        (folder / name).symlink_to(EXAMPLES.parent / name)
+    (folder / "bin").mkdir()
+    (folder / "bin/ffmpeg").symlink_to(ffmpeg_program())
+    (folder / "bin/python").write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    (folder / "bin/python").chmod(0o755)
+    environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    done = 0
+    for page in [EXAMPLES.parent / "README.md", *sorted((EXAMPLES.parent / "docs").glob("*.md"))]:
+        fenced = r"```(python)?\n([^`]*?)```\n(?:(?:[^`]*?)```\n([^`]*?)```)?"
+        for language, command, printed in re.findall(fenced, page.read_text()):
+            if "runs/demo" not in command and "exported/" not in command or "few-shot" in command:
+                continue
+            if language:
+                command = f"python - <<'END'\n{command}END\n"
+            command = command.replace("pip install", "true")
+            result = subprocess.run(["bash", "-ec", command], cwd=folder, env=environment,
+                                    capture_output=True, text=True)
+            assert result.returncode == 0, (page, command, result.stderr)
+            if language or "predict.py" in command:
+                assert len(result.stdout.splitlines()) == len(printed.splitlines()), command
+            done += 1
+    assert done == 6
