@@ -327,7 +327,7 @@ class EZCLIP(nn.Module):
         if video.dtype == torch.uint8:
             mean = torch.tensor(self.config.mean, device=video.device).view(3, 1, 1)
             std = torch.tensor(self.config.std, device=video.device).view(3, 1, 1)
-            video = (video / 255 - mean) / std
+            video = (video.float() / 255 - mean) / std
         features = self.visual(video.flatten(0, 1), T)  # (B*T, E)
         return features.unflatten(0, (-1, T))
 

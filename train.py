@@ -105,7 +105,8 @@ def exchange(collective, *arguments):
     """Call a function of torch.distributed, if there are other processes that do, too."""
     if dist.is_initialized():
         try:
-            collective(*arguments)
+            with torch.inference_mode(False):  # which PyTorch 2.5 cannot gather objects in
+                collective(*arguments)
         except RuntimeError as error:
             if "DataLoader" in str(error):  # it is a loading process of our own
                 raise

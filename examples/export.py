@@ -68,7 +68,7 @@ def export(encoder, example, path, input_name):
         warnings.simplefilter("ignore")  # of the exporter, about itself
         torch.onnx.export(
             encoder, (example,), str(path), dynamo=True, verbose=False,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            dynamic_shapes=({0: torch.export.Dim("batch", max=2**20)},),
             input_names=[input_name], output_names=["features"], external_data=weights > MOST)
 
 
