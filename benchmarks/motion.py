@@ -67,7 +67,8 @@ def of_colours(test, colours):
 # ---- runs ----
 
 def record(model):
-    """Let the model note C, V, the norm of frame features and the mean's, of what it pools."""
+    """Let the model note of what it pools: C, V, the norms of frame features and of their mean, the
+    motion loss."""
     pool, noted = model.pool, []
 
     def noting(frames):
@@ -75,7 +76,7 @@ def record(model):
         variance = f.var(1).mean().item()
         change = 1 / motion_loss(f).item() - 1 - variance
         noted.append([change, variance, f.norm(dim=-1).mean().item(),
-                      f.mean(1).norm(dim=-1).mean().item()])
+                      f.mean(1).norm(dim=-1).mean().item(), motion_loss(f).item()])
         return pool(frames)
 
     model.pool = noting
@@ -83,11 +84,13 @@ def record(model):
 
 
 def averages(noted):
-    return dict(zip(("C", "V", "norm", "norm of mean"), np.mean(noted, 0).round(5).tolist()))
+    names = ("C", "V", "norm", "norm of mean", "loss")
+    return dict(zip(names, np.mean(noted, 0).round(5).tolist()))
 
 
 def one_run(args, split, tests):
-    """Train, then test pair by pair -> {"epochs": [...], test set: {pair: results}}."""
+    """Train, then test pair by pair, and clips that stand still -> {"epochs": [...], test set: {pair:
+    results}, "still": {test set: results}}."""
     Path(args.out, "last.pt").unlink(missing_ok=True)  # of a run that was stopped: noted is its part
     model = train.build_model(args)
     noted = record(model)
@@ -107,7 +110,19 @@ def one_run(args, split, tests):
                 twins += before == answered and word != answer and PAIR[word] == PAIR[answer]
             twins = round(100 * twins / len(clips), 2)
             content[name][pair] = {"top1": result["top1"], "twins": twins, **averages(noted)}
+    content["still"] = {}
+    stand_still(model)
+    for name, test in tests.items():
+        noted.clear()
+        train.evaluate(model, test, args)
+        content["still"][name] = averages(noted)
     return content
+
+
+def stand_still(model):
+    """Let the model see the second frame of each clip in place of all."""
+    encode_frames = model.encode_frames
+    model.encode_frames = lambda video: encode_frames(video[:, 1:2].expand_as(video))
 
 
 def jobs(args, out, seed, command):
@@ -137,7 +152,7 @@ def summary(runs, first):
     rows = {}
     for name in ("base", "novel"):
         rows[name] = {}
-        for key in ("top1", "twins", "C", "V", "norm", "norm of mean", "gain"):
+        for key in ("top1", "twins", "C", "V", "norm", "norm of mean", "loss", "gain"):
             values = []
             for run, other in zip(runs, first):
                 quantity = "top1" if key == "gain" else key
@@ -146,17 +161,21 @@ def summary(runs, first):
                     value -= np.mean([pair["top1"] for pair in other[name].values()])
                 values.append(value)
             rows[name][key] = float(np.mean(values)), float(interval(values))
+        still = [run["still"][name]["loss"] for run in runs]
+        rows[name]["loss, still"] = float(np.mean(still)), float(interval(still))
     return rows
 
 
 def print_summary(rows):
-    print("\n| weight | base | novel | gain, base | gain, novel | twins, novel | C, base | V, base | norm |")
-    print("|---" * 9 + "|")
+    print("\n| weight | base | novel | gain, base | gain, novel | twins, novel | C | V | norm | of mean "
+          "| loss | of still clips |")
+    print("|---" * 12 + "|")
     for weight, row in rows.items():
         base, novel = row["base"], row["novel"]
         cells = [f"{mean:.1f} ± {half:.1f}" for mean, half in (
             base["top1"], novel["top1"], base["gain"], novel["gain"], novel["twins"])]
-        cells += [f"{base[key][0]:.3f}" for key in ("C", "V", "norm")]
+        cells += [f"{base[key][0]:.2f}" for key in ("C", "V", "norm", "norm of mean", "loss",
+                                                    "loss, still")]
         print(f"| {weight:g} |", " | ".join(cells), "|")
 
 

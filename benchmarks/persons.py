@@ -73,7 +73,9 @@ def main(argv=None):
             "+ motion loss": [*recipe, "--prompt-lr", 0.3]}
     table = {}
     for i, (row, flags) in enumerate(rows.items()):
-        flags = [*usual, *flags, "--out", out / f"run{i}", "--resume"]
+        flags = [*usual, *flags]
+        if "--train" in flags:
+            flags += ["--out", out / f"run{i}", "--resume"]
         table[row] = reid.main([str(flag) for flag in flags])["results"]
     print("\n| | general: rank-1 | rank-5 | mAP | clothes-changing: rank-1 | rank-5 | mAP |")
     print("|---" * 7 + "|")
