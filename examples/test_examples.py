@@ -1558,7 +1558,7 @@ def run_the_pages(folder):
     environment = {**os.environ, "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
     done = 0
     for page in [EXAMPLES.parent / "README.md", *sorted((EXAMPLES.parent / "docs").glob("*.md"))]:
-        fenced = r"```(python)?\n([^`]*?)```\n(?:(?:[^`]*?)```\n([^`]*?)```)?"
+        fenced = r"```(python)?\n([^`]*)```\n(?:\n?```\n([^`]*)```)?"
         for language, command, printed in re.findall(fenced, page.read_text()):
             if "runs/demo" not in command and "runs/exported" not in command or "--epochs" in command:
                 continue
