@@ -402,14 +402,15 @@ def read_frame(path, size=None, crop=None):
             image = to_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: unreadable frame ({error})") from None
-    return to_square(image, size, crop, width, height) if size else image
+    return to_square(image, size, crop, (width, height)) if size else image
 
 
-def to_square(image, size, crop=None, width=None, height=None):
-    """The `crop_box` of an RGB image as uint8 (3, size, size); width and height are those of its
+def to_square(image, size, crop=None, full_size=None):
+    """The `crop_box` of an RGB image as uint8 (3, size, size). full_size: (width, height) in its
     file, if it was decoded at a smaller size."""
-    scale = round(width / image.width) if width else 1
-    box = [edge / scale for edge in crop_box(width or image.width, height or image.height, size, crop)]
+    width, height = full_size or image.size
+    scale = round(width / image.width)
+    box = [edge / scale for edge in crop_box(width, height, size, crop)]
     kind = Image.Resampling.BILINEAR if crop else Image.Resampling.BICUBIC
     square = image.resize((size, size), kind, box)
     return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()

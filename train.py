@@ -165,6 +165,14 @@ def add_text_flags(p):
          "name (the 16 of the official code; {} with --descriptions)")
 
 
+def add_class_flags(p):
+    """The flags that `classes_of` and `tokens_of` need, for programs that choose from names."""
+    p.add_argument("--class-names", nargs="+", default=[], metavar="NAME",
+                   help="the names to choose from, or a file of names (those of the checkpoint's "
+                   "training)")
+    add_text_flags(p)
+
+
 def parser():
     """The flags of a run; what is in parentheses in their help is the default."""
     p = data.Parser(allow_abbrev=False, description="Train and evaluate EZ-CLIP on folders of "
@@ -252,10 +260,15 @@ def trained(model):
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def templates_of(args):
+    """The texts with {} for a class: given, or those that go with names or with descriptions."""
+    return args.templates or (["{}"] if args.descriptions else data.TEMPLATES)
+
+
 def tokens_of(classes, args, context_length=77):
     """Token ids of every template and class, (templates, classes, L)."""
     words = [data.class_text(name) for name in classes]
-    templates = args.templates or data.TEMPLATES
+    templates = templates_of(args)
     if args.descriptions:
         texts = data.read_descriptions(args.descriptions)
         found = [data.find_name(name, texts) for name in classes]
@@ -263,7 +276,6 @@ def tokens_of(classes, args, context_length=77):
             missing = classes[found.index(None)]
             raise ValueError(f"{args.descriptions}: has no description of {missing}")
         words = [texts[name] for name in found]
-        templates = args.templates or ["{}"]
     tokens = []
     for name, word in zip(classes, words):
         try:
@@ -298,6 +310,13 @@ def autocast(args):
     return torch.autocast(device, torch.bfloat16, enabled=precision == "bf16")
 
 
+def finite(features):
+    """The features, unless they are not finite, which is a ValueError."""
+    if not features.isfinite().all():
+        raise ValueError("the model's features are not finite: its weights are broken")
+    return features
+
+
 def encode_classes(classes, args, model):
     """Features of every template and class, (templates, classes, E)."""
     tokens = tokens_of(classes, args, model.config.context_length)
@@ -305,14 +324,14 @@ def encode_classes(classes, args, model):
         parts = []
         for part in tokens.flatten(0, 1).split(512):
             parts.append(model.encode_text(without_padding(part).to(args.device)))
-    return torch.cat(parts).unflatten(0, tokens.shape[:2])
+    return finite(torch.cat(parts)).unflatten(0, tokens.shape[:2])
 
 
 def encode_clips(videos, args, model):
     """Features of videos (B, T, 3, S, S), pooled in fp32: (B, E)."""
     with autocast(args):
         frames = model.encode_frames(videos.to(args.device))
-    return model.pool(frames.float())
+    return finite(model.pool(frames.float()))
 
 
 @torch.inference_mode()
@@ -335,8 +354,6 @@ def evaluate(model, split, args):
     for videos, _, indices in bar:
         features = encode_clips(videos, args, model)
         probabilities = class_probabilities(features, texts).cpu()  # (B, classes)
-        if not probabilities.isfinite().all():
-            raise ValueError("the model's features are not finite: its weights are broken")
         p, best = probabilities.topk(min(5, len(split.classes)))  # (B, 5)
         for row, i in enumerate(indices):
             clip, label = split.clips[i]

@@ -41,11 +41,9 @@ def parser():
     p = data.Parser(allow_abbrev=False, description="Export a model to ONNX.")
     flag = p.add_argument
     flag("--out", required=True, help="the folder to write, which must not exist")
-    flag("--class-names", nargs="+", default=[], metavar="NAME",
-         help="names for classes.json, or a file of names (those of the checkpoint's training)")
     flag("--text-length", type=data.at_least(1), help="tokens of a text (the model's context, 77)")
     train.add_model_flags(p)
-    train.add_text_flags(p)
+    train.add_class_flags(p)
     return p
 
 
@@ -111,7 +109,7 @@ def describe(model, args):
         train.tokens_of(args.class_names, args, args.text_length)  # names the text that is too long
         features = train.encode_classes(args.class_names, args, model)
         features = F.normalize(features, dim=-1).double().round(decimals=7).tolist()
-        templates = args.templates or (["{}"] if args.descriptions else data.TEMPLATES)
+        templates = train.templates_of(args)
     return {
         "classes": args.class_names,
         "templates": list(templates),

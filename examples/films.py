@@ -39,8 +39,6 @@ def parser():
     p = data.Parser(allow_abbrev=False, description="Name what happens along a film.")
     flag = p.add_argument
     flag("film", metavar="FILM", help="a video, or - for one that is piped")
-    flag("--class-names", nargs="+", default=[], metavar="NAME",
-         help="the names to choose from, or a file of names (those of the checkpoint's training)")
     flag("--every", type=data.at_least(0.01, float), default=1.0,
          help="seconds from a window to the next (%(default)s)")
     flag("--window", type=data.at_least(0.01, float), default=2.0,
@@ -50,7 +48,7 @@ def parser():
     flag("--json", action="store_true", help="windows and stretches as JSON; all else on stderr")
     flag("--picture", metavar="FILE", help="a PNG of the classes over time")
     train.add_model_flags(p)
-    train.add_text_flags(p)
+    train.add_class_flags(p)
     return p
 
 
@@ -223,8 +221,7 @@ def check(args):
         raise ValueError(f"{args.film}: no such film")
     if args.none > 1:
         raise ValueError(f"--none {args.none} is no probability, which is 1 at most")
-    if args.picture and (os.path.isdir(args.picture) or not Path(args.picture).parent.is_dir()):
-        raise ValueError(f"{args.picture}: no such folder to write to, or one itself")
+    plots.check_target(args.picture)
     args.class_names = train.classes_of(args)
 
 
@@ -237,8 +234,6 @@ def answers(film, texts, model, args):
             clip = torch.stack([data.to_square(image, size) for image in images])
             features = train.encode_clips(clip[None], args, model)  # (1, E)
             probabilities = class_probabilities(features, texts)[0].cpu()  # (classes,)
-        if not probabilities.isfinite().all():
-            raise ValueError("the model's features are not finite: its weights are broken")
         yield start, images, probabilities
         before = images
 

@@ -69,6 +69,12 @@ def fonts_for(text):
     return families
 
 
+def check_target(path):
+    """ValueError, before the work is done, for a picture that could not be written. None is none."""
+    if path and (Path(path).is_dir() or not Path(path).parent.is_dir()):
+        raise ValueError(f"{path}: no such folder to write to, or one itself")
+
+
 def save_figure(fig, path):
     """Write a PNG, as a whole or not at all."""
     with warnings.catch_warnings():

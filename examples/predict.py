@@ -34,12 +34,10 @@ def parser():
     p = data.Parser(allow_abbrev=False, description="Name the actions in videos.")
     flag = p.add_argument
     flag("videos", nargs="+", metavar="VIDEO", help="a video, or a folder of frames")
-    flag("--class-names", nargs="+", default=[], metavar="NAME",
-         help="the names to choose from, or a file of names (those of the checkpoint's training)")
     flag("--json", action="store_true", help="predictions as JSON; all else goes to stderr")
     flag("--picture", metavar="FILE", help="a PNG of the frames and the class token's attention")
     train.add_model_flags(p)
-    train.add_text_flags(p)
+    train.add_class_flags(p)
     return p
 
 
@@ -168,8 +166,7 @@ def check(args):
     for video in args.videos:
         if not os.path.exists(video):
             raise ValueError(f"{video}: no such video, nor folder of frames")
-    if args.picture and (os.path.isdir(args.picture) or not Path(args.picture).parent.is_dir()):
-        raise ValueError(f"{args.picture}: no such folder to write to, or one itself")
+    plots.check_target(args.picture)
     args.class_names = train.classes_of(args)
 
 
@@ -188,10 +185,8 @@ def predict(args):
         clip = load_video(video, config.num_frames, config.image_size)
         with train.autocast(args):
             frames, maps = attention_maps(model, clip[None].to(args.device))
-        features = model.pool(frames.float())  # (1, E)
+        features = train.finite(model.pool(frames.float()))  # (1, E)
         probabilities = ezclip.class_probabilities(features, texts)[0].cpu()
-        if not probabilities.isfinite().all():
-            raise ValueError("the model's features are not finite: its weights are broken")
 
         print(video)
         best = []

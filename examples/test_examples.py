@@ -1021,6 +1021,7 @@ def test_retrieval_leaves_out_what_has_no_match(tmp_path, capsys):
         reid.main(["--data", str(tmp_path / "few"), *command])
     for clip in ("train/a/1", "val/a/1", "val/a/2", "val/b/1"):
         save_frames(tmp_path / "more" / clip, 2)
+    (tmp_path / "more/train.txt").write_text("train/a/1 0\n")  # a plain list beside the folders
     reid.main(["--data", str(tmp_path / "more"), *command])
     said = capsys.readouterr().out
     assert "1 queries without a match in the gallery are left out" in said and "n = 1\n" in said
