@@ -119,20 +119,6 @@ def read_labels(path):
     return dict(sorted(names.items()))
 
 
-def class_names(given):
-    """The class names of a command line, or of the file that stands there in their place. ValueError
-    for two names that are the same in words."""
-    names = list(given)
-    if len(names) == 1 and (names[0].endswith((".txt", ".csv")) or os.path.isfile(names[0])):
-        names = list(read_labels(names[0]).values())
-    first = {}
-    for name in names:
-        other = first.setdefault(class_text(name), name)
-        if other is not name:
-            raise ValueError(f"--class-names has {class_text(name)} twice, in {other} and in {name}")
-    return names
-
-
 def read_descriptions(path):
     """{class name: a text about it}: the official code's CSV `number,name,text` with its header, or
     the JSON {number: "name: text"} of TC-CLIP and FROSTER, where the text includes the name."""

@@ -165,14 +165,6 @@ def add_text_flags(p):
          "name (the 16 of the official code; {} with --descriptions)")
 
 
-def add_class_flags(p):
-    """The flags that `classes_of` and `tokens_of` need, for programs that choose from names."""
-    p.add_argument("--class-names", nargs="+", default=[], metavar="NAME",
-                   help="the names to choose from, or a file of names (those of the checkpoint's "
-                   "training)")
-    add_text_flags(p)
-
-
 def parser():
     """The flags of a run; what is in parentheses in their help is the default."""
     p = data.Parser(allow_abbrev=False, description="Train and evaluate EZ-CLIP on folders of "
@@ -283,18 +275,6 @@ def tokens_of(classes, args, context_length=77):
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return torch.stack(tokens, 1)
-
-
-def classes_of(args):
-    """The names to choose from: --class-names, or those that the --checkpoint was trained on."""
-    names = data.class_names(args.class_names)
-    if not names and args.checkpoint:
-        saved = read_weights(args.checkpoint).get("classes")
-        names = [str(name) for name in saved] if isinstance(saved, list) else []
-    if not names:
-        where = f"{args.checkpoint}: names no classes, " if args.checkpoint else ""
-        raise ValueError(f"{where}--class-names is needed, the names to choose from, or a file of them")
-    return names
 
 
 def without_padding(tokens):

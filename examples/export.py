@@ -30,6 +30,7 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+import predict
 import train
 
 PACKAGES = ("onnx", "onnxscript", "onnxruntime")
@@ -43,7 +44,7 @@ def parser():
     flag("--out", required=True, help="the folder to write, which must not exist")
     flag("--text-length", type=data.at_least(1), help="tokens of a text (the model's context, 77)")
     train.add_model_flags(p)
-    train.add_class_flags(p)
+    predict.add_class_flags(p)
     return p
 
 
@@ -132,7 +133,7 @@ def check(args):
     if args.precision == "bf16" or args.device != "cpu":
         raise ValueError("what is exported is fp32, by the CPU: leave --precision and --device out")
     if args.class_names or args.checkpoint:
-        args.class_names = train.classes_of(args)
+        args.class_names = predict.classes_of(args)
     elif args.templates or args.descriptions:
         raise ValueError("--templates and --descriptions go with --class-names")
 

@@ -27,6 +27,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import plots
+import predict
 import prepare
 import train
 from ezclip import class_probabilities
@@ -48,7 +49,7 @@ def parser():
     flag("--json", action="store_true", help="windows and stretches as JSON; all else on stderr")
     flag("--picture", metavar="FILE", help="a PNG of the classes over time")
     train.add_model_flags(p)
-    train.add_class_flags(p)
+    predict.add_class_flags(p)
     return p
 
 
@@ -222,7 +223,7 @@ def check(args):
     if args.none > 1:
         raise ValueError(f"--none {args.none} is no probability, which is 1 at most")
     plots.check_target(args.picture)
-    args.class_names = train.classes_of(args)
+    args.class_names = predict.classes_of(args)
 
 
 def answers(film, texts, model, args):

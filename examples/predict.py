@@ -37,8 +37,39 @@ def parser():
     flag("--json", action="store_true", help="predictions as JSON; all else goes to stderr")
     flag("--picture", metavar="FILE", help="a PNG of the frames and the class token's attention")
     train.add_model_flags(p)
-    train.add_class_flags(p)
+    add_class_flags(p)
     return p
+
+
+# ---- the names to choose from ----
+
+def add_class_flags(p):
+    """The flags of programs that choose from names, which `classes_of` reads."""
+    p.add_argument("--class-names", nargs="+", default=[], metavar="NAME",
+                   help="the names to choose from, or a file of names (those of the checkpoint's "
+                   "training)")
+    train.add_text_flags(p)
+
+
+def classes_of(args):
+    """The names of --class-names, of the file that stands there, or of the checkpoint's training.
+    ValueError for two that are the same in words, between which CLIP sees no difference."""
+    names = args.class_names
+    if len(names) == 1 and (names[0].endswith((".txt", ".csv")) or os.path.isfile(names[0])):
+        names = data.read_labels(names[0]).values()
+    elif not names and args.checkpoint:
+        saved = ezclip.read_weights(args.checkpoint).get("classes")
+        names = map(str, saved) if isinstance(saved, list) else []
+    known = {}
+    for name in names:
+        words = data.class_text(name)
+        if words in known:
+            raise ValueError(f"--class-names has {words} twice, in {known[words]} and in {name}")
+        known[words] = name
+    if not known:
+        where = f"{args.checkpoint}: names no classes, " if args.checkpoint else ""
+        raise ValueError(f"{where}--class-names is needed, the names to choose from, or a file of them")
+    return [*known.values()]
 
 
 # ---- what the model sees and attends to ----
@@ -167,7 +198,7 @@ def check(args):
         if not os.path.exists(video):
             raise ValueError(f"{video}: no such video, nor folder of frames")
     plots.check_target(args.picture)
-    args.class_names = train.classes_of(args)
+    args.class_names = classes_of(args)
 
 
 @torch.inference_mode()
