@@ -1364,6 +1364,7 @@ def in_processes(world_size, work, *arguments):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
                           LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
+        torch.cuda.device_count = lambda: 0  # what is forked cannot use a GPU, and needs none
         work(*arguments)
 
     fork = multiprocessing.get_context("fork")
