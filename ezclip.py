@@ -497,9 +497,9 @@ _RELEASES = {  # name: SHA-256
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
           "pytorch_model.bin")  # of a folder, the first that is there
 # What a file may be that cannot be read, by its first letters, and what a model, by its names.
-_NO_WEIGHTS = {b"version https": ": it is a git-lfs pointer, not the file itself",
-               b"<": ": it is a web page",
-               b"{": ": it is JSON, like the index of a model in several files"}
+_NO_WEIGHTS = {b"version https": "it is a git-lfs pointer, not the file itself",
+               b"<": "it is a web page",
+               b"{": "it is JSON, like the index of a model in several files"}
 _NO_VIT = {"visual.layer1.": "is a ResNet CLIP, not a ViT",
            "visual.trunk.": "has a vision tower of timm, as ConvNeXt, and not CLIP's ViT"}
 # Our parameter names and those of others, replaced in this order: so errors name a file's own keys.
@@ -585,11 +585,11 @@ def _download(name):
     return path
 
 
-def _config_beside(path, hugging_face):
+def _config_beside(path):
     """What open_clip's or Hugging Face's JSON beside a weights file says of its model, as fields of
     Config, and the path of that JSON; {} and None without one."""
     source = path.with_name("open_clip_config.json")
-    if hugging_face or not source.is_file():
+    if not source.is_file():
         source = path.with_name("config.json")
     if not source.is_file():
         return {}, None
@@ -600,8 +600,6 @@ def _config_beside(path, hugging_face):
         if not open_clip:
             if "vision_config" not in model and model.get("model_type") != "clip":
                 return {}, None  # somebody else's config.json
-            for section in ("vision_config", "text_config"):  # where older files have changes beside
-                model[section] = model.get(f"{section}_dict") or model.get(section, {})
             for name in ("processor_config.json", "preprocessor_config.json"):
                 if path.with_name(name).is_file():
                     pixels = json.loads(path.with_name(name).read_text("utf-8"))
@@ -622,13 +620,11 @@ def _config_beside(path, hugging_face):
             for tower in ("vision", "text"):
                 said[f"{tower}_mlp_width"] = int(said[f"{tower}_width"] * said[f"{tower}_mlp_width"])
         else:
-            said["activation"] = model["vision_config"].get("hidden_act", "quick_gelu")
-            if said["activation"] != model["text_config"].get("hidden_act", "quick_gelu"):
+            said["activation"] = model.get("vision_config", {}).get("hidden_act", "quick_gelu")
+            if said["activation"] != model.get("text_config", {}).get("hidden_act", "quick_gelu"):
                 raise ValueError("its towers have different activations")
         for field, value in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
             said[field] = tuple(pixels.get(field, pixels.get(f"image_{field}", value)))
-        if isinstance(said["image_size"], list) and len({*said["image_size"]}) == 1:
-            said["image_size"] = said["image_size"][0]
         Config(**said)
     except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
         raise ValueError(f"{source}: is no config of a CLIP that can be read: {error}") from None
@@ -670,7 +666,7 @@ class _WeightsFile:
         self.table = _HUGGING_FACE if "vision_model." in self.names else ""
         if "Adapter." in self.names or "T_prompt" in self.names:
             self.table = _OFFICIAL
-        self.said, self.config_path = _config_beside(self.path, self.table is _HUGGING_FACE)
+        self.said, self.config_path = _config_beside(self.path)
         # train.py saves what it has trained and names the rest
         self.partial = "clip_sha256" in self.content and "visual.conv1." not in self.names
         self.adapted = self.partial or re.search("(?i)adapter|prompt", self.names) is not None
@@ -767,20 +763,65 @@ def read_weights(path):
     """
     with open(path, "rb") as file:
         head = file.peek(16)
-        try:
-            if head[8:9] == b"{":
-                from safetensors.torch import load_file
-                content = load_file(path)
-            else:
-                content = _unpickle(file)
-        except Exception as error:  # there is no bound to what a hostile file makes a reader raise
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:200]
-            start = head.lstrip(b"\xef\xbb\xbf \r\n\t")
-            hint = [hint for letters, hint in _NO_WEIGHTS.items() if start.startswith(letters)]
-            raise ValueError(f"{path}: cannot be read as weights: {reason}{''.join(hint)}") from None
+    try:
+        if head[8:9] == b"{":
+            from safetensors.torch import load_file
+            content = load_file(path)
+        elif head.startswith(b"PK"):
+            content = _read_zip(path)
+        else:  # before PyTorch 1.6
+            content = torch.load(path, "cpu", weights_only=True)
+    except Exception as error:  # there is no bound to what a hostile file makes a reader raise
+        reason = f"{type(error).__name__} {error}".split(". ")[0].split("\n")[0]
+        start = head.lstrip(b"\xef\xbb\xbf \r\n\t")
+        for letters, kind in _NO_WEIGHTS.items():
+            if start.startswith(letters):
+                reason = kind
+        raise ValueError(f"{path}: cannot be read as weights: {reason}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is no dict of names and tensors")
     return content
+
+
+def _read_zip(path):
+    """What torch.save or torch.jit.save wrote: a pickle, and a file for the storage of each tensor."""
+    with zipfile.ZipFile(path) as archive:  # whose read() compares checksums
+        found = [name for name in archive.namelist() if re.fullmatch("[^/]+/data.pkl", name)]
+        if len(found) != 1:
+            raise ValueError("it is a zip, but none of PyTorch's")
+        return _Unpickler(archive, found[0]).load()
+
+
+class _Unpickler(pickle.Unpickler):
+    """Of the names in a pickle only those of tensors and containers are what they say."""
+
+    names = {
+        "OrderedDict": OrderedDict, "_rebuild_parameter": lambda tensor, *_: tensor,
+        "_rebuild_tensor_v2": lambda x, start, size, stride, *_: x.as_strided(size, stride, start),
+        "HalfStorage": torch.half, "FloatStorage": torch.float, "DoubleStorage": torch.double,
+        "BFloat16Storage": torch.bfloat16, "LongStorage": torch.long, "IntStorage": torch.int,
+        "ShortStorage": torch.short, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
+        "BoolStorage": torch.bool}
+
+    def __init__(self, archive, name):
+        super().__init__(io.BytesIO(archive.read(name)))
+        self.archive = archive
+        self.folder = name.removesuffix("data.pkl") + "data/"
+        self.storages = {}  # which tensors may share
+
+    def find_class(self, module, name):
+        return self.names.get(name, _Shell)
+
+    def persistent_load(self, pid):
+        _, dtype, key, _, numel = pid[:5]
+        if key not in self.storages:
+            stored = bytearray(self.archive.read(self.folder + key))
+            if len(stored) != numel * dtype.itemsize:
+                raise ValueError(f"storage {key} has another size than its tensors say")
+            self.storages[key] = torch.tensor([], dtype=dtype)
+            if stored:
+                self.storages[key] = torch.frombuffer(stored, dtype=dtype)
+        return self.storages[key]
 
 
 class _Shell(dict):
@@ -804,53 +845,3 @@ class _Shell(dict):
                     self.update((f"{name}.{key}", tensor) for key, tensor in value.items())
                 elif isinstance(value, torch.Tensor):
                     self[name] = value
-
-
-class _Unpickler(pickle.Unpickler):
-    """Of the names in a pickle only those of tensors and containers are what they say."""
-
-    names = {
-        "OrderedDict": OrderedDict, "_rebuild_parameter": lambda tensor, *_: tensor,
-        "_rebuild_tensor_v2": lambda x, start, size, stride, *_: x.as_strided(size, stride, start),
-        "HalfStorage": torch.half, "FloatStorage": torch.float, "DoubleStorage": torch.double,
-        "BFloat16Storage": torch.bfloat16, "LongStorage": torch.long, "IntStorage": torch.int,
-        "ShortStorage": torch.short, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
-        "BoolStorage": torch.bool}
-
-    def __init__(self, file, storages):
-        super().__init__(file)
-        self.storages = storages  # {key: 1-D tensor}, to be filled later
-
-    def find_class(self, module, name):
-        return self.names.get(name, _Shell)
-
-    def persistent_load(self, pid):
-        _, dtype, key, _, numel = pid[:5]
-        if key not in self.storages:
-            self.storages[key] = torch.empty(numel, dtype=dtype)
-        return self.storages[key]
-
-
-def _unpickle(file):
-    """What torch.save or torch.jit.save wrote: a pickle, and the bytes of its tensors' storages."""
-    storages = {}
-    if file.peek(2).startswith(b"PK"):
-        archive = zipfile.ZipFile(file)  # whose read() compares checksums
-        found = [name for name in archive.namelist() if re.fullmatch("[^/]+/data.pkl", name)]
-        if len(found) != 1:
-            raise ValueError("it is a zip, but none of PyTorch's")
-        root = found[0].removesuffix("data.pkl")
-        content = _Unpickler(io.BytesIO(archive.read(f"{root}data.pkl")), storages).load()
-        stored = ((key, archive.read(f"{root}data/{key}")) for key in storages)
-    else:  # before PyTorch 1.6: five pickles, and each storage behind its number of values
-        _, _, _, content, keys = (_Unpickler(file, storages).load() for _ in range(5))
-        if {*keys} != {*storages}:
-            raise ValueError("its storages are not those of its tensors")
-        stored = ((key, file.read(8 + storages[key].nbytes)[8:]) for key in keys)
-    for key, data in stored:  # read one by one
-        values = storages[key].view(torch.uint8)
-        if len(values) != len(data):
-            raise ValueError(f"storage {key} has another size than its tensors say")
-        if data:
-            values.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
-    return content

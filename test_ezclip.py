@@ -544,7 +544,7 @@ def test_what_no_weight_tells_is_said_or_asked_for(tmp_path):
     def write(**changes):
         config.write_text(json.dumps({**said, **changes}))
 
-    write(vision_config_dict=None)
+    write()
     (tmp_path / "preprocessor_config.json").write_text('{"image_mean": [0, 0.25, 0.5]}')
     loaded = EZCLIP.from_pretrained(tmp_path).config
     assert loaded.activation == "gelu" and loaded.vision_heads == 4 and loaded.text_heads == 8
@@ -552,7 +552,7 @@ def test_what_no_weight_tells_is_said_or_asked_for(tmp_path):
     assert EZCLIP.from_pretrained(path, vision_heads=2).config.vision_heads == 2
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text('{"image_processor": {"image_std": [1, 1, 1]}}')
-    write(vision_config_dict={**vision, "num_attention_heads": 8})
+    write(vision_config={**vision, "num_attention_heads": 8})
     loaded = EZCLIP.from_pretrained(tmp_path).config
     assert loaded.vision_heads == 8 and loaded.std == (1, 1, 1)
     for changes, word in (
@@ -651,7 +651,7 @@ def test_hostile_files_execute_nothing_and_end(tmp_path):
     good = dict(dtype=b"Float", key=b"0", numel=four, offset=bytes(4), size=b"K\4\x85",
                 stride=b"K\1\x85")
     for change, word in (
-            (dict(numel=more), "storage 0"), (dict(numel=negative), "negative dimension"),
+            (dict(numel=more), "storage 0"), (dict(numel=negative), "storage 0"),
             (dict(key=b"1"), "no item named"), (dict(dtype=b"Weird"), "cannot be read"),
             (dict(dtype=b"Double"), "storage 0"), (dict(offset=four), "out of bounds"),
             (dict(stride=b"J" + more + b"\x85"), "out of bounds"),
