@@ -13,8 +13,8 @@ import functools
 import gc
 import hashlib
 import io
+import itertools
 import json
-import math
 import os
 import re
 import signal
@@ -30,11 +30,11 @@ from PIL import Image, ImageOps
 from torch.utils.data import DataLoader, Dataset, default_collate
 from torchvision.transforms import v2
 
-IMAGES = (".jpg", ".jpeg", ".png")
 VIDEOS = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wmv", ".flv", ".ts",
           ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".asf", ".vob", ".f4v", ".rm", ".rmvb", ".divx")
 NO_CLIPS = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "lost+found", "System Volume Information")
-NO_FRAMES = ("flow_x_", "flow_y_", "x_", "y_", ".")  # optical flow; ._img_00001.jpg of macOS
+# neither optical flow nor ._img_00001.jpg, which macOS makes
+FRAME = re.compile(r"(?!flow_[xy]_|[xy]_|\.).+\.(jpg|jpeg|png)", re.IGNORECASE)
 COLOURS = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
                       v2.RandomGrayscale(p=0.2)])
 TEMPLATES = (  # of the official code
@@ -47,9 +47,7 @@ TEMPLATES = (  # of the official code
 
 # ---- names of classes ----
 
-def nfc(name):
-    """Unicode's NFC of a name: macOS' folders have letters and their accents apart."""
-    return unicodedata.normalize("NFC", name)
+nfc = functools.partial(unicodedata.normalize, "NFC")  # macOS' letters and accents lie apart
 
 
 @functools.cache  # 240,000 clips ask for few classes: lists are read in 6 s instead of 13
@@ -86,30 +84,20 @@ def read_lines(path):
 
 
 def read_labels(path):
-    """{number: class name}, by number, of lines `id,name` or, from 0 or 1 on, `id name`, and perhaps
-    a header; or of a name per line, which count from 0. ValueError names what does not fit."""
-    lines, pattern = read_lines(path), re.compile(r"(\d+)(\s*,\s*|\s+)(.+)")
-    numbers, commas = [], False
-    for _, line in lines:
-        entry = pattern.fullmatch(line)
-        if entry:
-            numbers.append(int(entry[1]))
-            commas = commas or "," in entry[2]
-    # names may begin with numbers too (360 flip): these are not half of the lines, or not 0, 1, 2
-    numbers.sort()
-    counted = numbers in (list(range(len(numbers))), list(range(1, len(numbers) + 1)))
-    numbered = (commas or counted) and 2 * len(numbers) >= len(lines)
-
-    names = {}
+    """{number: class name}, by number, of lines `id,name`, perhaps below a header, or `id name`; or
+    of a name per line, which count from 0. ValueError names what does not fit."""
+    lines, names = read_lines(path), {}
+    # a name may begin with a number too (360 flip), but hardly with that of a first class
+    numbered = any(re.match(r"\d+\s*,|[01]\s", line) for _, line in lines)
     for i, (where, line) in enumerate(lines):
         number, name = i, line
-        entry = pattern.fullmatch(line)
-        if numbered and entry:
-            number, name = int(entry[1]), entry[3]
-        elif numbered and commas and i == 0:
-            continue  # a header
-        elif numbered:
-            raise ValueError(f"{where}: expected id,name and not {line!r}")
+        if numbered:
+            entry = re.fullmatch(r"(\d+)(?:\s*,\s*|\s+)(.+)", line)
+            if not entry and i == 0 and "," in line:
+                continue  # a header
+            if not entry:
+                raise ValueError(f"{where}: expected id,name and not {line!r}")
+            number, name = int(entry[1]), entry[2]
         name = ",".join(next(csv.reader([name])))  # commas may stand without quotes
         if number in names or name in names.values():
             raise ValueError(f"{where}: {line!r} has a number or a name for the second time")
@@ -152,40 +140,38 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
     Lists have lines `<clip> [<number of frames>] <label>`, as EZ-CLIP, TSN, ActionCLIP and
     mmaction2 have them, and `labels` names their numbers, see `clip_finder` and `read_labels`.
     Without lists class folders are the classes, and `test_clips` splits. Raises OSError or
-    ValueError that names the folder, or list and line, and for clips without a folder unless
-    `allow_missing`.
+    ValueError that names the folder, or list and line.
     """
     root = Path(root)
     folders = clip_folders(root)
-    if train_list or test_list:
-        if not labels:
-            raise ValueError(f"{train_list or test_list}: the numbers of lists need --labels")
+    listed = train_list or test_list
+    if bool(listed) != bool(labels):
+        raise ValueError(f"{listed or labels}: lists and --labels, the names of their numbers, go "
+                         "together")
+    if listed:
         names = read_labels(labels)
         classes = list(names.values())
         train = read_list(train_list, folders, names, allow_missing)
         test = read_list(test_list, folders, names, allow_missing)
         sources = [Path(path or "no list").name for path in (train_list, test_list)]
-    elif labels:
-        raise ValueError(f"{labels}: --labels goes with --train-list or --test-list")
     elif "/" not in folders[0]:
         raise ValueError(f"{root}: clips without class folders, as {folders[0]}, need --train-list "
                          "or --test-list, and --labels")
     else:
-        chosen, source = (set(folders), "all clips") if whole else test_clips(folders)
+        chosen, source = test_clips(folders, whole)
         sources = [source, source]
         train, test = {}, {}
         for folder in folders:
             part = test if folder in chosen else train
-            part[folder] = class_folder(folder)
+            part[folder] = nfc(Path(folder).parent.name)
         classes = sorted({*train.values(), *test.values()})
 
-    position = {name: k for k, name in enumerate(classes)}
     splits = []
     for part, source in zip((train, test), sources):
-        clips = [(clip, position[name]) for clip, name in part.items()]
+        clips = [(clip, classes.index(name)) for clip, name in part.items()]
         splits.append(Split(root, classes, clips, source))
         # broken data is to show now, not after hours: a clip of each class is tried
-        for clip in {name: clip for clip, name in part.items()}.values():
+        for clip in dict(zip(part.values(), part)).values():
             read_frame(root / clip / frame_names(root / clip)[0])
     print(f"{root}: {len(classes)} classes, {len(train)} training and {len(test)} test clips "
           f"({', '.join(dict.fromkeys(sources))})")
@@ -204,26 +190,24 @@ def clip_folders(root):
 
     def below(path):
         folders = []
-        with os.scandir(root / path) as entries:
-            for entry in entries:
-                nobodys = entry.name.startswith(NO_CLIPS)
-                if entry.is_symlink() and not nobodys and not os.path.exists(entry.path):
-                    raise ValueError(f"{entry.path}: is a link to nothing")
-                if entry.is_dir():
-                    part = left_out if nobodys else folders
-                    part.append(os.path.join(path, entry.name))
+        for entry in os.scandir(root / path):
+            nobodys = entry.name.startswith(NO_CLIPS)
+            if entry.is_dir():
+                part = left_out if nobodys else folders
+                part.append(os.path.join(path, entry.name))
+            elif entry.is_symlink() and not nobodys and not os.path.exists(entry.path):
+                raise ValueError(f"{entry.path}: is a link to nothing")
         if not folders:
             left_out.append(path)
         return sorted(folders)
 
     clips = below("")
     # the first folder that is not empty tells: a class may be called training dog
-    levels = 2 if any("train" in name.lower() for name in clips) else 1
-    for _ in range(levels):
-        first = next(filter(os.listdir, map(root.joinpath, clips)), None)
-        if first and any(map(_is_frame, os.listdir(first))):
+    for _ in range(2 if "train" in " ".join(clips).lower() else 1):
+        names = next(filter(None, (os.listdir(root / clip) for clip in clips)), [])
+        if any(map(FRAME.fullmatch, names)):
             break
-        clips = [clip for folder in clips for clip in below(folder)]
+        clips = list(itertools.chain(*map(below, clips)))
     if not clips:
         raise ValueError(f"{root}: holds no folders <class>/<clip>/ with frames")
     if left_out:
@@ -232,26 +216,22 @@ def clip_folders(root):
     return clips
 
 
-def class_folder(clip):
-    """The name of the folder that a clip lies in, "" if there is none."""
-    return nfc(Path(clip).parent.name)
-
-
-def test_clips(folders):
+def test_clips(folders, whole):
     """-> the clips to test where no list tells, and the rule: a folder train beside others; names
     of UCF101; or of each class the max(1, n // 5) with the smallest hash, never its only clip."""
+    if whole:
+        return {*folders}, "all clips"
     if folders[0].count("/") == 2:
         others = {f for f in folders if "train" not in f.split("/")[0].lower()}
         return others, "by the folder train"
     ucf101 = [re.fullmatch(r".+/v_[^/]+_g(\d+)_c\d+(\.avi)?", folder) for folder in folders]
     if all(ucf101):
         return {clip[0] for clip in ucf101 if int(clip[1]) <= 7}, "split 1 of UCF101"
-    ranked, test = {}, set()
-    for folder in sorted(folders, key=name_hash):
-        ranked.setdefault(class_folder(folder), []).append(folder)
-    for clips in ranked.values():
-        if len(clips) > 1:
-            test.update(clips[:max(1, len(clips) // 5)])
+    test = set()
+    for _, clips in itertools.groupby(folders, os.path.dirname):
+        ranked = sorted(clips, key=name_hash)
+        if len(ranked) > 1:
+            test.update(ranked[:max(1, len(ranked) // 5)])
     return test, "a fifth of each class by the hash of clip names"
 
 
@@ -269,26 +249,23 @@ def clip_finder(folders, listed):
     that are spelled as in the list, on their whole way below the root.
     """
     def key(path):
-        *parents, name = path.replace("\\", "/").strip("/").split("/")
+        *_, folder, name = ["", *nfc(path).replace("\\", "/").strip("/").split("/")]
         stem, suffix = os.path.splitext(name.lower())
         if suffix not in VIDEOS:
             stem += suffix
-        return class_text(nfc("".join(parents[-1:]))), nfc(stem)
+        return class_text(folder), stem
 
-    known, classes = {}, set()
+    known = {}
     for folder in folders:
-        parent, name = key(folder)
-        known.setdefault(("", name), []).append(folder)
-        if parent:
-            known.setdefault((parent, name), []).append(folder)
-            classes.add(parent)
-    has_classes = not classes.isdisjoint(key(path)[0] for path in listed)
+        place, name = key(folder)
+        for counted in {place, ""}:
+            known.setdefault((counted, name), []).append(folder)
+    places = {key(folder)[0] for folder in folders} - {""}
+    has_classes = not places.isdisjoint(key(path)[0] for path in listed)
 
     def find(path):
-        parent, name = key(path)
-        if not has_classes:
-            parent = ""
-        found = known.get((parent, name), [])
+        place, name = key(path)
+        found = known.get((place if has_classes else "", name), [])
         path = "/" + nfc(path.replace("\\", "/"))
         suffix = os.path.splitext(path)[1]
         spelled = [f for f in found if path.endswith((nfc(f"/{f}"), nfc(f"/{f}{suffix}")))]
@@ -302,7 +279,10 @@ def match_clips(source, rows, names, find, allow_missing):
     `find` gives the folders of a clip. ValueError names a clip with several, one in another class,
     and, unless `allow_missing`, those with none.
     """
-    clips, first, missing, class_of = {}, {}, [], {}
+    if not rows:
+        raise ValueError(f"{source}: names no clips")
+    entries, missing = {}, []
+    class_of = functools.cache(lambda folder: find_name(folder, names))
     for where, listed, name in rows:
         found = find(listed)
         if not found:
@@ -311,44 +291,41 @@ def match_clips(source, rows, names, find, allow_missing):
         clip = found[0]
         if len(found) > 1:
             raise ValueError(f"{where}: {listed} fits all of {', '.join(found)}")
-        folder = class_folder(clip)
-        if folder not in class_of:
-            class_of[folder] = find_name(folder, names)
-        if class_of[folder] not in (name, None):
+        folder = Path(clip).parent.name
+        if class_of(folder) not in (name, None):
             raise ValueError(f"{where}: {clip} is {name} by its label, but lies in {folder}")
-        first.setdefault(clip, (listed, name))
-        if first[clip] != (listed, name):
+        before = entries.setdefault(clip, (listed, name))
+        if before != (listed, name):
             raise ValueError(f"{where}: {clip} would be {listed} of {name}, and was "
-                             f"{' of '.join(first[clip])}")
-        clips[clip] = name
+                             f"{' of '.join(before)}")
 
-    named = ", ".join(missing[:10] + ["..."] * (len(missing) > 10))
-    problem = f"{source}: {len(missing)} of {len(rows)} clips have no folder: {named}"
-    if not clips:
-        raise ValueError(f"{problem}; is it the right folder?" if rows else f"{source}: names no clips")
-    if missing and not allow_missing:
-        raise ValueError(f"{problem}; --allow-missing leaves out what is missing")
     if missing:
+        named = ", ".join(missing[:10] + ["..."] * (len(missing) > 10))
+        problem = f"{source}: {len(missing)} of {len(rows)} clips have no folder: {named}"
+        if not entries:
+            raise ValueError(f"{problem}; is it the right folder?")
+        if not allow_missing:
+            raise ValueError(f"{problem}; --allow-missing leaves out what is missing")
         warn(problem)
-    return clips
+    return {clip: name for clip, (_, name) in entries.items()}
 
 
 def read_list(path, folders, names, allow_missing):
-    """-> {folder: class name} of the clips in a list, for `names` of its labels; {} without a list."""
+    """-> {folder: class name} of the clips in a list, by the `names` of labels; {} without one."""
     if not path:
         return {}
-    rows = []
-    for where, line in read_lines(path):
+    lines, rows = read_lines(path), []
+    find = clip_finder(folders, [line for _, line in lines])
+    for where, line in lines:
         entry = re.fullmatch(r"(.*\S)\s+(\d+)", line)
         if not entry:
             raise ValueError(f"{where}: expected <clip> [<number of frames>] <label>, not {line!r}")
-        if int(entry[2]) not in names:
-            raise ValueError(f"{where}: label {entry[2]} has no name in --labels")
-        rows.append((where, entry[1], names[int(entry[2])]))
-    find = clip_finder(folders, [clip for _, clip, _ in rows])
-    for i, (where, clip, name) in enumerate(rows):
+        clip, label = entry[1], int(entry[2])
+        if label not in names:
+            raise ValueError(f"{where}: label {label} has no name in --labels")
         if not find(clip):  # names may end with a number too: only now it is one of frames
-            rows[i] = where, re.sub(r"\s+\d+$", "", clip), name
+            clip = re.sub(r"\s+\d+$", "", clip)
+        rows.append((where, clip, names[label]))
     return match_clips(path, rows, names.values(), find, allow_missing)
 
 
@@ -361,15 +338,10 @@ def frame_names(folder):
         stem = os.path.splitext(name)[0]
         return re.sub(r"\d+", lambda number: number[0].zfill(30), stem), name
 
-    names = [name for name in os.listdir(folder) if _is_frame(name)]
+    names = sorted(filter(FRAME.fullmatch, os.listdir(folder)), key=natural)
     if not names:
         raise ValueError(f"{folder}: holds no frames")
-    return sorted(names, key=natural)
-
-
-def _is_frame(name):
-    name = name.lower()
-    return name.endswith(IMAGES) and not name.startswith(NO_FRAMES)
+    return names
 
 
 def read_frame(path, size=None, crop=None):
@@ -377,29 +349,11 @@ def read_frame(path, size=None, crop=None):
     ValueError that names it."""
     try:
         with Image.open(path) as image:
-            width, height = image.size
-            if size:  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size where that suffices
-                share = min(crop[0]) if crop else 224 / 256
-                image.draft("RGB", (math.ceil(size / share), math.ceil(size / share)))
-            decoded = image.size
             ImageOps.exif_transpose(image, in_place=True)
-            if image.size != decoded:  # turned
-                width, height = height, width
             image = to_rgb(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: unreadable frame ({error})") from None
-    return to_square(image, size, crop, (width, height)) if size else image
-
-
-def to_square(image, size, crop=None, full_size=None):
-    """The `crop_box` of an RGB image as uint8 (3, size, size). full_size: (width, height) in its
-    file, if it was decoded at a smaller size."""
-    width, height = full_size or image.size
-    scale = round(width / image.width)
-    box = [edge / scale for edge in crop_box(width, height, size, crop)]
-    kind = Image.Resampling.BILINEAR if crop else Image.Resampling.BICUBIC
-    square = image.resize((size, size), kind, box)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    return to_square(image, size, crop) if size else image
 
 
 def to_rgb(image):
@@ -419,23 +373,19 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def crop_box(width, height, size, crop=None):
-    """The region (left, top, right, bottom) of an image that becomes a square: of a `random_crop`;
-    or else the middle `size` of an image whose shorter side is resized to size * 256 // 224."""
-    short = min(width, height)
+def to_square(image, size, crop=None):
+    """An RGB image as uint8 (3, size, size): the region of a `random_crop`; or else, as in
+    evaluation, the middle of the image whose shorter side is resized to size * 256 // 224."""
     if crop:
         (scale_x, scale_y), (x, y) = crop
+        short = min(image.size)
         w, h = max(1, int(short * scale_x)), max(1, int(short * scale_y))
-        left, top = (width - w) // 4 * x, (height - h) // 4 * y
-        return left, top, left + w, top + h
-    edges = []
-    for side in (width, height):
-        # rounded as in an image that is resized first, so that pixels fall on the official ones
-        resized = side * (size * 256 // 224) // short
-        start = round((resized - size) / 2)
-        edges += [start * side / resized, (start + size) * side / resized]
-    left, right, top, bottom = edges
-    return left, top, right, bottom
+        left, top = (image.width - w) // 4 * x, (image.height - h) // 4 * y
+        image = v2.functional.resized_crop(image, top, left, h, w, [size, size])  # bilinear
+    else:
+        image = v2.functional.resize(image, size * 256 // 224, v2.InterpolationMode.BICUBIC)
+        image = v2.functional.center_crop(image, size)
+    return v2.functional.pil_to_tensor(image)
 
 
 def random_crop(rng):
@@ -443,9 +393,8 @@ def random_crop(rng):
     in quarters of the room that is left."""
     scales = (1, 0.875, 0.75, 0.66)  # of which width and height are at most one step apart
     pairs = [(w, h) for i, w in enumerate(scales) for h in scales[max(0, i - 1):i + 2]]
-    # corners and middle, the middles of edges, the middles of quadrants
-    places = [(0, 0), (4, 0), (0, 4), (4, 4), (2, 2), (0, 2), (4, 2), (2, 4), (2, 0),
-              (1, 1), (3, 1), (1, 3), (3, 3)]
+    # corners, middle and middles of edges; and the middles of quadrants
+    places = [(x, y) for x in range(5) for y in range(5) if x % 2 == y % 2]
     return pairs[rng.integers(len(pairs))], places[rng.integers(len(places))]
 
 
@@ -455,18 +404,16 @@ def sample_frames(count, num_frames, rng=None):
     With a numpy Generator (training): a random frame of each of equal segments; a shorter clip
     gives all of its frames and random repeats. Without: the official code's centres of segments.
     """
-    i = np.arange(num_frames)
-    starts = i * count // num_frames
-    if rng is not None:
-        if count >= num_frames:
-            return rng.integers(starts, [*starts[1:], count])
-        repeats = rng.integers(count, size=num_frames - count)
-        return np.sort(np.concatenate([np.arange(count), repeats]))
-    if count < num_frames:
-        return starts
-    if num_frames == 1:
+    starts = np.arange(num_frames) * count // num_frames
+    if rng is None and num_frames == 1:
         return np.array([count // 2])
-    return np.floor(i * count / num_frames + (count / num_frames - 1) / 2).astype(int)
+    if rng is None:
+        late = max(0, count / num_frames - 1) / 2
+        return np.floor(np.arange(num_frames) * count / num_frames + late).astype(int)
+    if count >= num_frames:
+        return rng.integers(starts, [*starts[1:], count])
+    repeats = rng.integers(count, size=num_frames - count)
+    return np.sort(np.concatenate([np.arange(count), repeats]))
 
 
 def load_clip(path, num_frames, image_size, rng=None, augment=False, flip=False):
@@ -486,8 +433,8 @@ def load_clip(path, num_frames, image_size, rng=None, augment=False, flip=False)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(rng.integers(2**62).item())  # of COLOURS' draws
             clip = COLOURS(clip)  # (T, 3, S, S)
-    if augment and flip and rng.random() < 0.5:
-        clip = clip.flip(-1)
+        if flip and rng.random() < 0.5:
+            clip = clip.flip(-1)
     return clip
 
 
@@ -522,7 +469,7 @@ def loader(clips, batches, workers, pin_memory=False):
     try:
         stream = iter(stream)
     except OSError as error:  # shared memory is full, for example
-        raise OSError(f"loading processes cannot start: {error}; --workers 0 does without") from None
+        raise OSError(f"no loading process can start: {error}; --workers 0 does without") from None
     for videos, labels, indices in stream:
         yield videos, torch.tensor(labels), torch.tensor(indices)
 
@@ -534,7 +481,7 @@ def _collate(samples):
 
 
 def _start_worker(_):
-    gc.freeze()  # else a collection copies whatever memory a worker shares with the main process
+    gc.freeze()  # else a collection copies 80 MiB that a worker shares with the main process
     # Ctrl-C reaches all processes, and so does torchrun's SIGTERM: the main one decides, and
     # PyTorch's own, as the second, ends a worker.
     def note(*_):
@@ -556,7 +503,7 @@ def at_least(minimum, kind=int):
     """A type for argparse: a finite number that is not smaller."""
     def number(text):
         value = kind(text)
-        if not minimum <= value < math.inf:
+        if not minimum <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, not {text}")
         return value
     return number
@@ -580,7 +527,7 @@ def command(main):
         status, text = 2, str(error)
         if "DataLoader worker" in text:  # what it raised, behind its traceback, or what ended it
             text = re.sub(r"^\w+: ", "", text.strip().split("\n")[-1])
-            if re.search("worker|shared memory|</torch_", text):
+            if isinstance(error, RuntimeError):  # of PyTorch itself
                 text += "; where shared memory is small, as in Docker, --workers 0 does without"
         elif not isinstance(error, (OSError, ValueError, ArithmeticError, torch.OutOfMemoryError)):
             raise  # somebody's bug
