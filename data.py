@@ -34,7 +34,7 @@ VIDEOS = (".avi", ".mp4", ".webm", ".mkv", ".mov", ".m4v", ".mpg", ".mpeg", ".wm
           ".mts", ".m2ts", ".3gp", ".3g2", ".ogv", ".asf", ".vob", ".f4v", ".rm", ".rmvb", ".divx")
 NO_CLIPS = (".", "@eaDir", "__MACOSX", "$RECYCLE.BIN", "lost+found", "System Volume Information")
 # neither optical flow nor ._img_00001.jpg, which macOS makes
-FRAME = re.compile(r"(?!flow_[xy]_|[xy]_|\.).+\.(jpg|jpeg|png)", re.IGNORECASE)
+FRAME = re.compile(r"(?is)(?!flow_[xy]_|[xy]_|\.).+\.(jpg|jpeg|png)")
 COLOURS = v2.Compose([v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.2, 0.1)], p=0.8),
                       v2.RandomGrayscale(p=0.2)])
 TEMPLATES = (  # of the official code
@@ -146,8 +146,7 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
     folders = clip_folders(root)
     listed = train_list or test_list
     if bool(listed) != bool(labels):
-        raise ValueError(f"{listed or labels}: lists and --labels, the names of their numbers, go "
-                         "together")
+        raise ValueError(f"{listed or labels}: lists go with --labels, and --labels with lists")
     if listed:
         names = read_labels(labels)
         classes = list(names.values())
@@ -314,18 +313,18 @@ def read_list(path, folders, names, allow_missing):
     """-> {folder: class name} of the clips in a list, by the `names` of labels; {} without one."""
     if not path:
         return {}
-    lines, rows = read_lines(path), []
-    find = clip_finder(folders, [line for _, line in lines])
-    for where, line in lines:
+    rows = []
+    for where, line in read_lines(path):
         entry = re.fullmatch(r"(.*\S)\s+(\d+)", line)
         if not entry:
             raise ValueError(f"{where}: expected <clip> [<number of frames>] <label>, not {line!r}")
-        clip, label = entry[1], int(entry[2])
-        if label not in names:
-            raise ValueError(f"{where}: label {label} has no name in --labels")
+        if int(entry[2]) not in names:
+            raise ValueError(f"{where}: label {entry[2]} has no name in --labels")
+        rows.append((where, entry[1], names[int(entry[2])]))
+    find = clip_finder(folders, [clip for _, clip, _ in rows])
+    for i, (where, clip, name) in enumerate(rows):
         if not find(clip):  # names may end with a number too: only now it is one of frames
-            clip = re.sub(r"\s+\d+$", "", clip)
-        rows.append((where, clip, names[label]))
+            rows[i] = where, re.sub(r"\s+\d+$", "", clip), name
     return match_clips(path, rows, names.values(), find, allow_missing)
 
 
@@ -482,14 +481,10 @@ def _collate(samples):
 
 def _start_worker(_):
     gc.freeze()  # else a collection copies 80 MiB that a worker shares with the main process
-    # Ctrl-C reaches all processes, and so does torchrun's SIGTERM: the main one decides, and
-    # PyTorch's own, as the second, ends a worker.
-    def note(*_):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.alarm(120)
-
+    # Ctrl-C reaches all processes, and so does torchrun's SIGTERM: the main one decides, and has
+    # time to save before workers end on their own
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, note)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(120))
 
 
 # ---- command lines ----

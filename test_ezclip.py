@@ -1686,7 +1686,7 @@ def test_descriptions_stand_for_class_names(world, tmp_path):
     ("--data frames/Archery", "need --train-list or --test-list"),
     ("--train-list gone.txt --labels labels.csv", "gone.txt: 1 of 2 clips have no folder: Arche"),
     ("--train-list none.txt --labels labels.csv", "none.txt"),
-    ("--test-list gone.txt", "gone.txt: lists and --labels, .* go together"),
+    ("--test-list gone.txt", "gone.txt: lists go with --labels"),
     ("--clip none.pt", "none.pt"), ("--clip foreign.pt", "foreign.pt: "),
     ("--clip file", "file: cannot be read as weights"), ("--checkpoint foreign.pt", "foreign.pt"),
     ("--checkpoint none.pt", "none.pt"), ("--checkpoint clip.pt", "leave `clip`"),
