@@ -87,13 +87,14 @@ def read_labels(path):
     """{number: class name}, by number, of lines `id,name`, perhaps below a header, or `id name`; or
     of a name per line, which count from 0. ValueError names what does not fit."""
     lines, names = read_lines(path), {}
+    commas = any(re.match(r"\d+\s*,", line) for _, line in lines)
     # a name may begin with a number too (360 flip), but hardly with that of a first class
-    numbered = any(re.match(r"\d+\s*,|[01]\s", line) for _, line in lines)
+    numbered = commas or any(re.match(r"[01]\s", line) for _, line in lines)
     for i, (where, line) in enumerate(lines):
         number, name = i, line
         if numbered:
             entry = re.fullmatch(r"(\d+)(?:\s*,\s*|\s+)(.+)", line)
-            if not entry and i == 0 and "," in line:
+            if not entry and commas and i == 0:
                 continue  # a header
             if not entry:
                 raise ValueError(f"{where}: expected id,name and not {line!r}")
@@ -248,23 +249,25 @@ def clip_finder(folders, listed):
     that are spelled as in the list, on their whole way below the root.
     """
     def key(path):
-        *_, folder, name = ["", *nfc(path).replace("\\", "/").strip("/").split("/")]
+        *_, parent, name = ["", *nfc(path).replace("\\", "/").strip("/").split("/")]
         stem, suffix = os.path.splitext(name.lower())
         if suffix not in VIDEOS:
             stem += suffix
-        return class_text(folder), stem
+        return class_text(parent), stem
 
     known = {}
     for folder in folders:
-        place, name = key(folder)
-        for counted in {place, ""}:
+        parent, name = key(folder)
+        for counted in {parent, ""}:  # with its class folder, and by name alone
             known.setdefault((counted, name), []).append(folder)
-    places = {key(folder)[0] for folder in folders} - {""}
-    has_classes = not places.isdisjoint(key(path)[0] for path in listed)
+    classes = {parent for parent, _ in known} - {""}
+    has_classes = not classes.isdisjoint(key(path)[0] for path in listed)
 
     def find(path):
-        place, name = key(path)
-        found = known.get((place if has_classes else "", name), [])
+        parent, name = key(path)
+        if not has_classes:
+            parent = ""
+        found = known.get((parent, name), [])
         path = "/" + nfc(path.replace("\\", "/"))
         suffix = os.path.splitext(path)[1]
         spelled = [f for f in found if path.endswith((nfc(f"/{f}"), nfc(f"/{f}{suffix}")))]
@@ -273,11 +276,9 @@ def clip_finder(folders, listed):
 
 
 def match_clips(source, rows, names, find, allow_missing):
-    """-> {folder: class name} for a list's rows (<file>:<line>, clip, class name), of all `names`.
-
+    """-> {folder: class name} for a list's rows (<file>:<line>, clip, class name), of all `names`;
     `find` gives the folders of a clip. ValueError names a clip with several, one in another class,
-    and, unless `allow_missing`, those with none.
-    """
+    and, unless `allow_missing`, those with none."""
     if not rows:
         raise ValueError(f"{source}: names no clips")
     entries, missing = {}, []
@@ -301,10 +302,8 @@ def match_clips(source, rows, names, find, allow_missing):
     if missing:
         named = ", ".join(missing[:10] + ["..."] * (len(missing) > 10))
         problem = f"{source}: {len(missing)} of {len(rows)} clips have no folder: {named}"
-        if not entries:
-            raise ValueError(f"{problem}; is it the right folder?")
-        if not allow_missing:
-            raise ValueError(f"{problem}; --allow-missing leaves out what is missing")
+        if not (allow_missing and entries):
+            raise ValueError(f"{problem}; --allow-missing leaves out some, never all")
         warn(problem)
     return {clip: name for clip, (_, name) in entries.items()}
 

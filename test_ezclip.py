@@ -1125,6 +1125,8 @@ def test_missing_clips_are_counted_and_named(tmp_path, capsys):
     ("0,Archery\n0,Clap\n", ":2: '0,Clap' has a number or a name for the second time"),
     ("0,Clap\n1,Clap\n", ":2: '1,Clap' has a number or a name for the second time"),
     ("0,Archery\nClap,1\n", ":2: expected id,name and not 'Clap,1'"),
+    ("1 A\n3 C\n", {1: "A", 3: "C"}), ("1 A\n2 B\nC\n", ":3: expected id,name and not 'C'"),
+    ("walk, fast\n1 leg jump\n", ":1: expected id,name"),
     ("0,Archery\n1,\n", ":2: expected id,name"), ("", ": holds no lines")])
 def test_files_of_class_names(tmp_path, text, expected):
     path = tmp_path / "labels"
