@@ -43,8 +43,8 @@ def parser():
     flag = p.add_argument
     flag("--out", required=True, help="the folder to write, which must not exist")
     flag("--text-length", type=data.at_least(1), help="tokens of a text (the model's context, 77)")
-    train.add_model_flags(p)
-    predict.add_class_flags(p)
+    predict.add_flags(p)
+    p.set_defaults(device="cpu")
     return p
 
 
@@ -107,10 +107,10 @@ def describe(model, args):
     config = model.config
     features, templates = [], []
     if args.class_names:
-        train.tokens_of(args.class_names, args, args.text_length)  # names the text that is too long
-        features = train.encode_classes(args.class_names, args, model)
-        features = F.normalize(features, dim=-1).double().round(decimals=7).tolist()
         templates = train.templates_of(args)
+        for tokens in train.tokens_of(args.class_names, args, args.text_length):  # (classes, L)
+            texts = train.finite(model.encode_text(train.without_padding(tokens)))
+            features.append(F.normalize(texts, dim=-1).double().round(decimals=7).tolist())
     return {
         "classes": args.class_names,
         "templates": list(templates),
@@ -139,9 +139,7 @@ def check(args):
 
 
 def main(argv=None):
-    args = train.parser().parse_args([])  # what the flags of this program leave open
-    args.eval_only, args.device = True, "cpu"
-    args = parser().parse_args(argv, args)
+    args = parser().parse_args(argv)
     out = Path(args.out)
     part = out.with_name(f"{out.name}.part")  # becomes --out when all is in it
     for folder in (out, part):

@@ -48,8 +48,7 @@ def parser():
          help="leave stretches unnamed in which no answer has this probability (name all)")
     flag("--json", action="store_true", help="windows and stretches as JSON; all else on stderr")
     flag("--picture", metavar="FILE", help="a PNG of the classes over time")
-    train.add_model_flags(p)
-    predict.add_class_flags(p)
+    predict.add_flags(p)
     return p
 
 

@@ -30,24 +30,16 @@ import prepare
 import train
 
 
-def parser():
-    p = data.Parser(allow_abbrev=False, description="Name the actions in videos.")
-    flag = p.add_argument
-    flag("videos", nargs="+", metavar="VIDEO", help="a video, or a folder of frames")
-    flag("--json", action="store_true", help="predictions as JSON; all else goes to stderr")
-    flag("--picture", metavar="FILE", help="a PNG of the frames and the class token's attention")
-    train.add_model_flags(p)
-    add_class_flags(p)
-    return p
+# ---- for the other examples too: names to choose from, and one document ----
 
-
-# ---- the names to choose from ----
-
-def add_class_flags(p):
-    """The flags of programs that choose from names, which `classes_of` reads."""
+def add_flags(p):
+    """The flags of a program in which a model chooses from names. What they leave open is as in a
+    run of train.py that does not train."""
+    p.set_defaults(**vars(train.parser().parse_args(["--eval-only"])))
     p.add_argument("--class-names", nargs="+", default=[], metavar="NAME",
                    help="the names to choose from, or a file of names (those of the checkpoint's "
                    "training)")
+    train.add_model_flags(p)
     train.add_text_flags(p)
 
 
@@ -58,8 +50,7 @@ def classes_of(args):
     if len(names) == 1 and (names[0].endswith((".txt", ".csv")) or os.path.isfile(names[0])):
         names = data.read_labels(names[0]).values()
     elif not names and args.checkpoint:
-        saved = ezclip.read_weights(args.checkpoint).get("classes")
-        names = map(str, saved) if isinstance(saved, list) else []
+        names = ezclip.read_weights(args.checkpoint).get("classes", [])
     known = {}
     for name in names:
         words = data.class_text(name)
@@ -68,8 +59,17 @@ def classes_of(args):
         known[words] = name
     if not known:
         where = f"{args.checkpoint}: names no classes, " if args.checkpoint else ""
-        raise ValueError(f"{where}--class-names is needed, the names to choose from, or a file of them")
+        raise ValueError(f"{where}--class-names is needed, the names to choose from or their file")
     return [*known.values()]
+
+
+def report(program, args):
+    """Call program(args); with --json what it returns is all that comes to lie on stdout."""
+    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
+        content = program(args)
+    if args.json:
+        print(json.dumps(content, indent=1))
+    return content
 
 
 # ---- what the model sees and attends to ----
@@ -79,15 +79,14 @@ def load_video(path, num_frames, image_size):
     if os.path.isdir(path):
         return data.load_clip(path, num_frames, image_size)
     # of a film, however long, only the frames that are needed are kept
-    wanted = data.sample_frames(prepare.count_frames(path), num_frames)
-    positions, complaints = np.unique(wanted), []
-    frames = dict(zip(positions, prepare.video_frames(path, complaints, positions)))
-    if complaints:
-        print(f"warning: damaged {path}: {complaints[-1]}", file=sys.stderr)
-    if len(frames) < len(positions):
-        raise ValueError(f"{path}: its frames cannot be read twice")
+    chosen = np.unique(data.sample_frames(prepare.count_frames(path), num_frames))
+    complaints = []
     with tempfile.TemporaryDirectory() as folder:
-        prepare.write_frames([frames[i] for i in wanted], folder)
+        frames = prepare.video_frames(path, complaints, chosen)
+        if prepare.write_frames(frames, folder) < len(chosen):
+            raise ValueError(f"{path}: its frames cannot be read twice")
+        if complaints:
+            data.warn(f"damaged {path}: {complaints[-1]}")
         return data.load_clip(folder, num_frames, image_size)
 
 
@@ -104,12 +103,10 @@ def attention_maps(model, video):
     def keep(attention, args):  # of a block's last call, the one over the tokens of each frame
         inputs[attention] = args
 
-    hooks = [block.attn.register_forward_pre_hook(keep) for block in blocks]
-    try:
+    with contextlib.ExitStack() as hooks:  # leaves the model without them, whatever happens
+        for block in blocks:
+            hooks.enter_context(block.attn.register_forward_pre_hook(keep))
         features = model.encode_frames(video)
-    finally:
-        for hook in hooks:
-            hook.remove()
     L = len(model.visual.positional_embedding)
     maps = []
     for block in blocks:
@@ -192,26 +189,19 @@ def draw_video(fig, rows, title, clip, maps):
 
 # ---- predictions ----
 
-def check(args):
-    """Find errors before a model is loaded. Reads a file of names in place of --class-names."""
-    for video in args.videos:
-        if not os.path.exists(video):
-            raise ValueError(f"{video}: no such video, nor folder of frames")
-    plots.check_target(args.picture)
-    args.class_names = classes_of(args)
-
-
 @torch.inference_mode()
 def predict(args):
     """Print the at most five best classes of each video; returns what --json prints."""
-    check(args)
+    for video in args.videos:  # errors are to show before a model is loaded
+        if not os.path.exists(video):
+            raise ValueError(f"{video}: no such video, nor folder of frames")
+    plots.check_target(args.picture)
+    classes = classes_of(args)
     model = train.build_model(args)
     config = model.config
-    classes = args.class_names
     texts = train.encode_classes(classes, args, model)
     width = max(map(len, classes))
-    videos = []
-    pictures = []
+    videos, pictures = [], []
     for video in args.videos:
         clip = load_video(video, config.num_frames, config.image_size)
         with train.autocast(args):
@@ -236,13 +226,13 @@ def predict(args):
 
 
 def main(argv=None):
-    args = train.parser().parse_args([])  # what the flags of this program leave open
-    args.eval_only = True
-    args = parser().parse_args(argv, args)
-    with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
-        content = predict(args)
-    if args.json:  # and nothing but JSON on stdout
-        print(json.dumps(content, indent=1))
+    p = data.Parser(allow_abbrev=False, description="Name the actions in videos.")
+    flag = p.add_argument
+    flag("videos", nargs="+", metavar="VIDEO", help="a video, or a folder of frames")
+    flag("--json", action="store_true", help="predictions as JSON; all else goes to stderr")
+    flag("--picture", metavar="FILE", help="a PNG of the frames and the class token's attention")
+    add_flags(p)
+    report(predict, p.parse_args(argv))
 
 
 if __name__ == "__main__":
