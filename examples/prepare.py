@@ -51,7 +51,7 @@ def ffmpeg(video, *options):
 def video_frames(video, complaints, chosen=None):
     """Yield the frames of a video, or those at the positions `chosen`, as RGB images whose shorter
     side is 256 and whose `info` has their "seconds". What ffmpeg complains of is added to
-    `complaints`, a list."""
+    `complaints`, a list; a ValueError names a video without frames."""
     filters = ("scale=w='if(gt(iw,ih),-1,256)':h='if(gt(iw,ih),256,-1)':eval=frame,format=rgb24,"
                "showinfo=checksum=0")
     if chosen is not None:
@@ -71,6 +71,7 @@ def video_frames(video, complaints, chosen=None):
         shown.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
+    image = None
     try:
         while frame := shown.get():
             seconds, width, height = frame
@@ -79,19 +80,18 @@ def video_frames(video, complaints, chosen=None):
                 image = Image.frombytes("RGB", (width, height), pixels)
                 image.info["seconds"] = seconds
                 yield image
+        if not image:
+            said = complaints[-1] if complaints else "no frames"
+            raise ValueError(f"{video}: is no readable video ({said})")
     finally:
         process.kill()
         process.wait()
 
 
 def count_frames(video):
-    """How many frames of a video can be read; a ValueError names one without any."""
-    progress, said = ffmpeg(video, "-progress", "-", "-f", "null", os.devnull).communicate()
-    count = int(re.findall(rb"frame=(\d+)", b"frame=0\n" + progress)[-1])
-    if not count:
-        complaints = [line for line in said.decode(errors="replace").splitlines() if "[error]" in line]
-        raise ValueError(f"{video}: is no readable video ({[*complaints, 'no frames'][-2:][0]})")
-    return count
+    """How many frames of a video can be read."""
+    progress, _ = ffmpeg(video, "-progress", "-", "-f", "null", os.devnull).communicate()
+    return int(re.findall(rb"frame=(\d+)", b"frame=0\n" + progress)[-1])
 
 
 def write_frames(frames, folder):
@@ -104,31 +104,32 @@ def write_frames(frames, folder):
 
 # ---- the frames of many videos ----
 
+def walk(folder, levels):
+    """Yield what lies in a folder and some levels of folders in it: files first."""
+    for path in sorted(folder.iterdir(), key=lambda path: (path.is_dir(), path)):
+        if path.name.startswith(data.NO_CLIPS):
+            continue
+        if path.is_dir() and levels:
+            yield from walk(path, levels - 1)
+        else:
+            yield path
+
+
 def find_videos(root, frames):
     """{folder of frames: its video}, for all videos of `root` and of folders in it."""
-    def refuse(error):
-        raise error
-
     jobs, others = {}, Counter()
-    for folder, below, files in os.walk(root, onerror=refuse, followlinks=True):
-        place = Path(folder).relative_to(root)
-        if len(place.parts) == 2:  # as deep as train/<class>
-            others["folder in a folder of videos"] += len(below)
-            below.clear()
-        below[:] = sorted(name for name in below if not name.startswith(data.NO_CLIPS))
-        for name in sorted(files):
-            video = Path(folder, name)
-            if name.startswith(data.NO_CLIPS):
-                continue
-            if video.suffix.lower() not in data.VIDEOS or video.is_fifo():
-                others[video.suffix or name] += 1
-                continue
-            target = frames / place / video.stem
+    for path in walk(root, levels=2):  # as in train/<class>
+        if path.is_dir():
+            others["folder in a folder of videos"] += 1
+        elif path.suffix.lower() not in data.VIDEOS:
+            others[path.suffix or path.name] += 1
+        else:
+            target = frames / path.relative_to(root).with_suffix("")
             # the same name with another suffix, or a video that is named like a class
             other = jobs.get(target) or jobs.get(target.parent)
             if other:
-                raise ValueError(f"{other} and {video} would share a folder of {frames}")
-            jobs[target] = video
+                raise ValueError(f"{other} and {path} would share a folder of {frames}")
+            jobs[target] = path
     if others:
         counts = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(8))
         print(f"{root}: left out what is no video by its suffix, or lies too deep: {counts}")
@@ -137,51 +138,47 @@ def find_videos(root, frames):
 
 def convert(video, folder):
     """Write a video's frames, unless they are there; returns what went wrong, or ""."""
+    if folder.is_dir():
+        return ""  # by an extraction that was stopped later
     complaints = []
     # renamed only when it is complete, so that a folder that stands there is never half a clip
     part = folder.with_name(f".{data.name_hash(folder.name)[:16]}.part")
     try:
-        if folder.is_dir():
-            return ""  # by an extraction that was stopped later
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         count = write_frames(video_frames(video, complaints), part)
-        if count:
-            part.rename(folder)
+        part.rename(folder)
+    except ValueError as error:
+        return f"skipped {error}"
     except OSError as error:
         if error.errno in FULL_DISK:
-            raise OSError(f"{folder}: {error.strerror}") from None
+            raise
         return f"skipped {video}: {error}"
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    said = complaints[-1] if complaints else "no frames"
-    if not count:
-        return f"skipped {video}: is no readable video ({said})"
-    return f"damaged {video}, its {count} readable frames are kept: {said}" if complaints else ""
+    if complaints:
+        return f"damaged {video}, its {count} readable frames are kept: {complaints[-1]}"
+    return ""
+
+
+def in_threads(function, jobs, workers, what):
+    """The results of a function of each of the jobs. Threads do, as the work is done by ffmpeg and
+    Pillow, which leave Python to the others; after an error no more jobs begin."""
+    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
+        return list(tqdm(pool.map(function, jobs), what, len(jobs)))
 
 
 def extract(videos, frames, workers=None):
     """Turn a folder of videos into the layout that train.py reads; returns the number of clips.
-
-    Broken videos are skipped, and named at the end. Raises ValueError, before anything is written,
-    where two videos would share a folder, and OSError for a full disk.
-    """
+    Broken videos are named at the end. A ValueError, before anything is written, where two videos
+    would share a folder; an OSError for a full disk."""
     root = Path(videos)
     if not root.is_dir():
         raise ValueError(f"{root}: no such folder")
     jobs = find_videos(root, Path(frames))
     if not jobs:
         raise ValueError(f"{root}: no videos ({' '.join(data.VIDEOS)}) in it or its class folders")
-
-    # threads do, as the work is done by ffmpeg and Pillow
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        results = pool.map(convert, jobs.values(), jobs)
-        try:
-            problems = list(tqdm(results, "videos", len(jobs)))
-        except OSError:
-            pool.shutdown(cancel_futures=True)
-            raise
-    for problem in problems:
+    for problem in in_threads(lambda folder: convert(jobs[folder], folder), jobs, workers, "videos"):
         if problem:
             print(problem, file=sys.stderr)
     done = sum(folder.is_dir() for folder in jobs)
@@ -214,16 +211,12 @@ def check(frames, workers=None):
     clips = data.clip_folders(root)
     problems = []
     # a class without clips is no clip, and would go unseen
-    parents = {clip.split("/")[0] for clip in clips}
-    for folder in sorted(root.iterdir()):
-        others = folder.name.startswith(data.NO_CLIPS) or folder.name in parents
-        if folder.is_dir() and not others:
-            problems.append(f"{folder}: holds no clips")
-    # threads do here too: decoding a JPEG leaves Python to the others
-    with ThreadPoolExecutor(workers or os.cpu_count()) as pool:
-        results = pool.map(broken_frames, [root / clip for clip in clips])
-        for found in tqdm(results, "clips", len(clips)):
-            problems += found
+    names = {folder.name for folder in root.iterdir() if folder.is_dir()}
+    for name in sorted(names - {clip.split("/")[0] for clip in clips}):
+        if not name.startswith(data.NO_CLIPS):
+            problems.append(f"{root / name}: holds no clips")
+    for found in in_threads(broken_frames, [root / clip for clip in clips], workers, "clips"):
+        problems += found
     if problems:
         print(*problems, sep="\n")
         raise ValueError(f"{root}: {len(problems)} problems in {len(clips)} clips")
