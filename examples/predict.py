@@ -5,9 +5,9 @@
     python examples/predict.py video.mp4 frames/Archery/clip1 \\
         --checkpoint runs/ucf101_frames/last.pt --picture seen.png
 
-A video is a file or a folder of frames. Names may come from a file, a name per line, and are by
-default those of the checkpoint's training; the five best are printed, with --json as one document.
---picture shows the frames and what the class token of each attends to.
+Names may come from a file, a name per line, and are by default those of the checkpoint's training;
+the five best are printed, with --json as one document. --picture shows the frames of each video
+and what their class tokens attend to.
 """
 
 import contextlib
@@ -63,6 +63,12 @@ def classes_of(args):
     return [*known.values()]
 
 
+def best(classes, probabilities):
+    """The at most five best classes, as --json has them."""
+    order = probabilities.argsort(descending=True, stable=True)[:5].tolist()
+    return [{"class": classes[k], "probability": round(probabilities[k].item(), 6)} for k in order]
+
+
 def report(program, args):
     """Call program(args); with --json what it returns is all that comes to lie on stdout."""
     with contextlib.redirect_stdout(sys.stderr if args.json else sys.stdout):
@@ -82,9 +88,7 @@ def load_video(path, num_frames, image_size):
     chosen = np.unique(data.sample_frames(prepare.count_frames(path), num_frames))
     complaints = []
     with tempfile.TemporaryDirectory() as folder:
-        frames = prepare.video_frames(path, complaints, chosen)
-        if prepare.write_frames(frames, folder) < len(chosen):
-            raise ValueError(f"{path}: its frames cannot be read twice")
+        prepare.write_frames(prepare.video_frames(path, complaints, chosen), folder)
         if complaints:
             data.warn(f"damaged {path}: {complaints[-1]}")
         return data.load_clip(folder, num_frames, image_size)
@@ -210,14 +214,12 @@ def predict(args):
         probabilities = ezclip.class_probabilities(features, texts)[0].cpu()
 
         print(video)
-        best = []
-        for k in probabilities.argsort(descending=True, stable=True)[:5].tolist():
-            p = probabilities[k].item()
-            print(f"  {classes[k]:<{width}}  {100 * p:5.1f} %", flush=True)
-            best.append({"class": classes[k], "probability": round(p, 6)})
-        videos.append({"video": video, "classes": best})
+        answers = best(classes, probabilities)
+        for answer in answers:
+            print(f"  {answer['class']:<{width}}  {100 * answer['probability']:5.1f} %", flush=True)
+        videos.append({"video": video, "classes": answers})
         if args.picture:
-            title = f"{Path(video).name}: {best[0]['class']}, {100 * probabilities.max():.1f} %"
+            title = f"{Path(video).name}: {answers[0]['class']}, {100 * probabilities.max():.1f} %"
             pictures.append((title, clip, maps[0].float().cpu()))
     if args.picture:
         plot_predictions(args.picture, pictures)

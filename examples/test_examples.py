@@ -501,10 +501,9 @@ def test_stretches_of_equal_answers(capsys):
             if start == 6:  # all that is before it is told, also what has no name
                 assert lines[0].startswith("00:07")
         stretches.close(11.0)
-        stretches.show_unnamed()
+        stretches.tell_unnamed()
         assert capsys.readouterr().out.splitlines() == lines
-    assert [stretch["frame"] for stretch in stretches.found] == [
-        "frame 0", "frame 2", "frame 4", "frame 6", "frame 8"]
+    assert stretches.frames == ["frame 0", "frame 2", "frame 4", "frame 6", "frame 8"]
     assert [films.clock(t) for t in (11.6, 3723, 59.5)] == ["00:12", "1:02:03", "01:00"]
     assert [films.clock(t, True) for t in (9.75, 59.96)] == ["00:09.8", "01:00.0"]
 
