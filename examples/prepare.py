@@ -8,7 +8,6 @@ frames come to lie likewise, as FRAMES/Class/clip/img_00001.jpg, and their short
 has been stopped goes on when its command is repeated.
 """
 
-import errno
 import os
 import queue
 import re
@@ -25,8 +24,6 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
-
-FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 # ---- the frames of a video ----
@@ -150,9 +147,7 @@ def convert(video, folder):
         part.rename(folder)
     except ValueError as error:
         return f"skipped {error}"
-    except OSError as error:
-        if error.errno in FULL_DISK:
-            raise
+    except (FileExistsError, NotADirectoryError) as error:  # a file is where a folder is to be
         return f"skipped {video}: {error}"
     finally:
         shutil.rmtree(part, ignore_errors=True)
@@ -178,7 +173,8 @@ def extract(videos, frames, workers=None):
     jobs = find_videos(root, Path(frames))
     if not jobs:
         raise ValueError(f"{root}: no videos ({' '.join(data.VIDEOS)}) in it or its class folders")
-    for problem in in_threads(lambda folder: convert(jobs[folder], folder), jobs, workers, "videos"):
+    problems = in_threads(lambda folder: convert(jobs[folder], folder), jobs, workers, "videos")
+    for problem in problems:
         if problem:
             print(problem, file=sys.stderr)
     done = sum(folder.is_dir() for folder in jobs)
