@@ -14,18 +14,18 @@ import shutil
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import train
 from ezclip import EZCLIP, Config
 import protocols
 from plots import figure, save_figure
+from prepare import write_frames
 
 COLOURS = {"red": (225, 45, 45), "green": (40, 190, 60), "blue": (55, 80, 235),
            "yellow": (235, 215, 40), "purple": (165, 50, 200), "white": (245, 245, 245)}
@@ -43,10 +43,11 @@ ADAPTATION = dict(num_frames=4, epochs=33, batch_size=32, lr=8e-3, prompt_lr=0.3
 
 def class_name(colour, word, still=False):
     """The class name of an action, or of the stills that show how the action ends."""
-    place = word in TWINS[0] + TWINS[1]
-    if still:
-        return f"a {colour} shape {'at the' if place else 'that is'} {word}"
-    return f"a {colour} shape {'moving to the' if place else 'getting'} {word}"
+    if word in TWINS[0] + TWINS[1]:
+        how = "at the" if still else "moving to the"
+    else:
+        how = "that is" if still else "getting"
+    return f"a {colour} shape {how} {word}"
 
 
 def outline(shape, dx, dy, r):
@@ -71,11 +72,11 @@ def render_clip(colour, pair, t, rng, shape=None):
     t runs from 1 to -1 for the first of twins and back for the second: nothing but the order of the
     frames tells them apart. The world is 32 x 32; the rim is what evaluation crops away.
     """
+    t = t.reshape(-1, 1, 1)  # what changes is (T, 1, 1), beside rows and columns of pixels
     # All is drawn for every clip and always in this order: a seed's world stays what it is.
     drawn = rng.integers(5)
-    shape = drawn if shape is None else shape
     grey = rng.uniform(10, 110)
-    x, y = 17.5 + rng.uniform(-2, 2, (2, 1))
+    x, y = 17.5 + rng.uniform(-2, 2, 2)
     radius = rng.uniform(4.5, 6.5)
     opacity = rng.uniform(0.55, 0.7)
     travel = rng.uniform(15, 21) / 2
@@ -90,12 +91,9 @@ def render_clip(colour, pair, t, rng, shape=None):
         opacity = np.minimum(1, opacity * (1 - 0.6 * t))
 
     pixels = np.arange(36)
-    dx = abs(pixels - x.reshape(-1, 1, 1))  # (T or 1, 1, 36)
-    dy = pixels[:, None] - y.reshape(-1, 1, 1)  # (T or 1, 36, 1)
-    edge = outline(shape, dx, dy, np.reshape(radius, (-1, 1, 1)))
-    mask = np.reshape(opacity, (-1, 1, 1)) * np.clip(0.5 - edge, 0, 1)
-    change = np.array(COLOURS[colour]) - grey
-    frames = grey + mask[..., None] * change  # (T, 36, 36, 3)
+    edge = outline(drawn if shape is None else shape, abs(pixels - x), pixels[:, None] - y, radius)
+    mask = opacity * np.clip(0.5 - edge, 0, 1)  # (T, 36, 36)
+    frames = grey + mask[..., None] * (np.array(COLOURS[colour]) - grey)
     noise = rng.normal(0, 6, frames.shape)
     return np.clip(frames + noise, 0, 255).astype(np.uint8)
 
@@ -128,8 +126,9 @@ def render(root, seed=0, stills=False):
 
 def take(k, test):
     """The end of the k-th clip's name: the first `test` are in groups 1-7, the others in 8-25."""
-    number, group = divmod(k, 7)
-    if k >= test:
+    if k < test:
+        number, group = divmod(k, 7)
+    else:
         number, group = divmod(k - test, 18)
         group += 7
     return f"g{group + 1:02d}_c{number + 1:02d}"
@@ -137,8 +136,7 @@ def take(k, test):
 
 def save_clip(folder, frames):
     folder.mkdir(parents=True)
-    for n, frame in enumerate(frames, 1):
-        Image.fromarray(frame).save(folder / f"img_{n:05d}.jpg", quality=90)
+    write_frames(map(Image.fromarray, frames), folder)
 
 
 # ---- the lesson ----
@@ -179,36 +177,32 @@ def prepare(args, out, seed, command):
     if top1 < LEAST:
         raise ValueError(f"the tiny CLIP names only {top1} % of the stills: stopped")
 
-    split, test = data.index_frames(out / "frames")
-    base, novel = protocols.halves(split)
-    tests = {"base": protocols.only(test, base), "novel": protocols.only(test, novel)}
+    split, tests = protocols.base_to_novel(*data.index_frames(out / "frames"))
     flags = settings(args, out / "ablation", seed, out / "clip/last.pt", ADAPTATION)
-    return protocols.ablation(flags, protocols.only(split, base), tests)
+    return protocols.ablation(flags, split, tests)
 
 
 def plot(path, frames, rows):
     """A strip of frames for each of eight actions, and below them the ablation as bars."""
     fig, axes = figure(8, 7.5, [*TWINS, ("bars", "bars")], height_ratios=[1, 1, 1, 1, 4])
-    fig.suptitle("Each action has a twin, the same played backwards: only the order of frames tells",
-                 fontsize=11)
+    fig.suptitle("Each action has a twin, the same played backwards: only the order of frames "
+                 "tells", fontsize=11)
     colours = np.repeat([*COLOURS], 2)  # twins have one colour
     for colour, word in zip(colours, np.ravel(TWINS)):
         name = class_name(colour, word)
         clip = min((frames / name).iterdir())
-        strip = []
-        for frame in data.frame_names(clip)[::2]:
-            strip.append(np.asarray(data.read_frame(clip / frame)))
-            strip.append(np.full_like(strip[0][:, :1], 255))  # a white line
-        axes[word].imshow(np.concatenate(strip, 1), aspect="auto")
+        strip = np.stack([data.read_frame(clip / frame) for frame in data.frame_names(clip)[::2]])
+        strip = np.pad(strip, [(0, 0), (0, 0), (0, 1), (0, 0)], constant_values=255)  # white lines
+        axes[word].imshow(np.hstack(strip), aspect="auto")
         axes[word].set_title(name, fontsize=9, pad=3)
         axes[word].axis("off")
 
     bars = axes["bars"]
-    for i, key in enumerate(("base", "novel", "harmonic_mean")):
-        values = [results[key]["top1"] for results in rows.values()]
+    behind = dict(fc="white", ec="none", pad=0)  # else the dotted line crosses numbers
+    for i, name in enumerate(("base", "novel", "harmonic_mean")):
+        values = [results[name]["top1"] for results in rows.values()]
         places = np.arange(len(rows)) + (i - 1) * 0.28
-        drawn = bars.bar(places, values, 0.26, label=key.replace("_", " "))
-        behind = dict(fc="white", ec="none", pad=0)  # else the dotted line crosses numbers
+        drawn = bars.bar(places, values, 0.26, label=name.replace("_", " "))
         bars.bar_label(drawn, fmt="%.0f", fontsize=8, padding=2, bbox=behind)
     bars.axhline(50, color="0.5", linestyle=":", zorder=0, label="most to expect without order")
     bars.set_xticks(range(len(rows)), [row.replace(", ", ",\n") for row in rows])
@@ -247,12 +241,12 @@ def main(argv=None):
     plot(out / "demo.png", folders[0] / "frames", rows)
     demo = []
     for row, results in rows.items():
-        entry = {"row": row}
-        for key in ("base", "novel", "harmonic_mean"):
-            entry[key] = results[key]["top1"]
-            if "top1_std" in results[key]:
-                entry[f"{key}_std"] = results[key]["top1_std"]
-        demo.append({**entry, "n": results["harmonic_mean"]["n"]})
+        entry = {"row": row, "n": results["harmonic_mean"]["n"]}
+        for name, result in results.items():
+            entry[name] = result["top1"]
+            if "top1_std" in result:
+                entry[f"{name}_std"] = result["top1_std"]
+        demo.append(entry)
     print(f"{out}/demo.png, {out}/results.json")
     return train.write_results(args, command, results={"demo": demo})
 

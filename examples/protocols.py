@@ -8,9 +8,8 @@
 
 base-to-novel trains on one half of the classes and tests on both, few-shot trains on K clips per
 class, zero-shot tests a checkpoint or plain CLIP on other data, ablation adds the method's parts
-one by one. A cell of the table, and of results.json in --out, is the mean of its runs over seeds
-and splits, with the standard deviation (n - 1). {} in --test stands for splits 1 to 3, in
---checkpoint for the seed. Repeated with --resume, a command goes on where it was stopped.
+one by one. Cells are means over seeds and splits, with the standard deviation (n - 1). {} in --test
+stands for splits 1 to 3, in --checkpoint for the seed. The same command goes on with --resume.
 """
 
 import argparse
@@ -21,10 +20,9 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import train
 from ezclip import read_weights
@@ -95,6 +93,12 @@ def halves(split, files=None):
     return base, novel
 
 
+def base_to_novel(split, test, files=None):
+    """-> the Split of the base classes to train on, and {"base": Split, "novel": Split} to test."""
+    base, novel = halves(split, files)
+    return only(split, base), {"base": only(test, base), "novel": only(test, novel)}
+
+
 # ---- jobs: a row of the table, train.py's flags, a Split to train on, {name: Split to test} ----
 
 def changed(args, folder, **flags):
@@ -119,13 +123,13 @@ def shuffled(model, seed):
             clips.append(clip[torch.randperm(len(clip), generator=generator)])
         return encode_frames(torch.stack(clips))
 
-    model.encode_frames = encode_shuffled
+    model.encode_frames = encode_shuffled  # which encode_video and train.evaluate call
     return model
 
 
 def run(jobs, command):
     """Do the jobs -> {row: {test set: mean of its results}}."""
-    rows = {}
+    cells = {}  # (row, test set): results of its runs
     for row, args, split, tests in jobs:
         print(f"\n{row}: {args.out}", flush=True)
         if row == SHUFFLED:
@@ -137,14 +141,14 @@ def run(jobs, command):
         if {"base", "novel"} <= tests.keys():
             base, novel = results["base"], results["novel"]
             mean = {"n": base["n"] + novel["n"]}
-            for key in ("top1", "top5"):
+            for key in ("top1", "top5"):  # of each run, as its mean over runs is what is reported
                 mean[key] = round(statistics.harmonic_mean([base[key], novel[key]]), 2)
             results["harmonic_mean"] = mean
         for name, result in results.items():
-            rows.setdefault(row, {}).setdefault(name, []).append(result)
-    for sets in rows.values():
-        for name, results in sets.items():
-            sets[name] = average(results)
+            cells.setdefault((row, name), []).append(result)
+    rows = {}
+    for (row, name), results in cells.items():
+        rows.setdefault(row, {})[name] = average(results)
     return rows
 
 
@@ -173,48 +177,45 @@ def print_table(rows):
         print(line)
 
 
-# ---- the protocols: all jobs are made, and what is wrong is said, before the first is done ----
+# ---- the protocols ----
 
 def jobs_on_data(args, runs):
-    """Yield the jobs on --data for the flags of each seed's run."""
+    """Yield the jobs on --data for the flags of each seed and number of shots."""
     split, test = data.index_frames(args.data, args.train_list, args.test_list, args.labels,
                                     args.allow_missing)
     texts = describing(args, split.classes)
     tests = {Path(args.data).resolve().name: test}
     if args.protocol == "base-to-novel" or args.base_to_novel:
-        base, novel = halves(split, args.classes)
-        split = only(split, base)
-        tests = {"base": only(test, base), "novel": only(test, novel)}
+        split, tests = base_to_novel(split, test, args.classes)
     for name, part in {"training": split, **tests}.items():
         if not part.clips:
             raise ValueError(f"{args.data}: holds no clips for {name}")
     for flags in runs:
-        for count in args.shots:
-            chosen = shots(split, count, flags.seed)
-            part = changed(flags, "", shots=count, descriptions=texts)
-            if args.protocol == "ablation":
-                yield from ablation(part, chosen, tests)
-            elif args.protocol == "few-shot":
-                yield f"{count} shots", changed(part, f"shots{count}"), chosen, tests
-            else:
-                yield args.protocol, part, chosen, tests
+        flags.descriptions = texts
+        chosen = shots(split, flags.shots, flags.seed)
+        if args.protocol == "ablation":
+            yield from ablation(flags, chosen, tests)
+        elif args.protocol == "few-shot":
+            yield f"{flags.shots} shots", changed(flags, f"shots{flags.shots}"), chosen, tests
+        else:
+            yield args.protocol, flags, chosen, tests
 
 
 def jobs_on_sets(args, runs):
     """Yield the jobs on the data sets of --test for the flags of each seed's run."""
-    learnt = set()
+    learnt = set()  # the words of class names; an official checkpoint does not tell
     for flags in runs:
         if flags.checkpoint:
-            saved = read_weights(flags.checkpoint)
-            learnt.update(map(data.class_text, saved.get("classes", [])))
+            classes = read_weights(flags.checkpoint).get("classes", [])
+            learnt.update(map(data.class_text, classes))
     for text in args.test:
         name, _, paths = text.partition("=")
-        for number in "123" if "{}" in paths else [""]:
+        for number in "123" if "{}" in paths else [""]:  # of the split
             root, *lists = paths.replace("{}", number).split(",")
             _, test = data.index_frames(root, None, *lists, whole=True,
                                         allow_missing=args.allow_missing)
-            shared = learnt.intersection(map(data.class_text, test.classes))
-            if learnt:  # an official checkpoint does not tell
+            if learnt:
+                shared = learnt.intersection(map(data.class_text, test.classes))
                 print(f"{name}: {len(shared)} of its {len(test.classes)} classes occur in training")
             texts = describing(args, test.classes)
             for flags in runs:
@@ -235,6 +236,7 @@ def describing(args, classes):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    train.join_processes()  # before the flags: the default device depends on it
     p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     parents=[train.parser()], conflict_handler="resolve", allow_abbrev=False)
     flag = p.add_argument
@@ -250,7 +252,6 @@ def main(argv=None):
          help="a data set for zero-shot; {}: splits 1 to 3")
     flag("--descriptions", nargs="+", metavar="FILE", help="as of train.py; of several each data "
          "set takes the first that has all of its classes")
-    train.join_processes()
     args = p.parse_args(argv)
 
     for name in REFUSED[args.protocol]:
@@ -262,8 +263,8 @@ def main(argv=None):
         if not re.fullmatch(r"\w[^=/\\]*=[^,]+(,[^,]+,[^,]+)?", text):
             raise ValueError(f"--test {text} is not NAME=DIR or NAME=DIR,LIST,LABELS")
     names = [text.partition("=")[0] for text in args.test]
-    if args.shots is None:
-        args.shots = [16] if args.protocol != "ablation" or args.base_to_novel else [0]
+    if not args.shots:
+        args.shots = [0] if args.protocol == "ablation" and not args.base_to_novel else [16]
     for name, values in (("seed", args.seed), ("shots", args.shots), ("test", names)):
         if len(set(values)) < len(values):
             raise ValueError(f"--{name} has {statistics.mode(values)} twice")
@@ -278,7 +279,9 @@ def main(argv=None):
     runs = []
     for seed in args.seed:
         checkpoint = args.checkpoint and args.checkpoint.replace("{}", str(seed))
-        runs.append(changed(args, f"seed{seed}", seed=seed, checkpoint=checkpoint))
+        for count in args.shots:
+            runs.append(changed(args, f"seed{seed}", seed=seed, shots=count, checkpoint=checkpoint))
+    # a list: what is wrong with the last job is to show before the first is done
     jobs = list(jobs_on_data(args, runs) if args.data else jobs_on_sets(args, runs))
     command = shlex.join(["python", "examples/protocols.py", *argv])
     rows = run(jobs, command)
