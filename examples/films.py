@@ -7,9 +7,9 @@
 
 Windows of --window seconds begin every --every seconds, each is shown to the model as a clip, and a
 line tells of each stretch of equal answers: from when to when, the class, and its mean probability.
-A film is decoded once, in memory that does not grow with its length; of one that is piped, a
-stretch is told as soon as it is over. --none P leaves stretches unnamed in which no answer reaches
-the probability P. --json has all windows; --picture draws them, with a frame of each stretch.
+A film is decoded once, in memory that does not grow with it; a stretch is told as soon as it is
+over, and with --none P left unnamed if no answer reaches the probability P. --json has all windows;
+--picture draws them, with a frame of each stretch.
 """
 
 import os

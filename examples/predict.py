@@ -141,20 +141,18 @@ def plot_predictions(path, videos):
     _, _, maps = videos[0]
     T, layers = maps.shape[:2]
     side = min(max(1, 4 / T), 7.6 / T)  # of a frame, in inches
-    rows = ["frames", "patches"]
-    heights = [side, max(side, 1)]
+    heights = {"frames": side, "patches": max(side, 1)}  # of rows
     if maps[..., -1].any():  # else the model has no prompts
-        rows.append("prompt")
-        heights.append(max(0.08 * layers, 1))
+        heights["prompt"] = max(0.08 * layers, 1)
     mosaic = []
     for i in range(len(videos)):
-        for row in rows:
+        for row in heights:
             mosaic.append([f"{row} {i}", f"{row} bar {i}"])
     fig, axes = plots.figure(
-        side * T + 1.5, (sum(heights) + 0.9) * len(videos), mosaic,
-        height_ratios=heights * len(videos), width_ratios=[side * T, 0.1])
+        side * T + 1.5, (sum(heights.values()) + 0.9) * len(videos), mosaic,
+        height_ratios=[*heights.values()] * len(videos), width_ratios=[side * T, 0.1])
     for i, (title, clip, maps) in enumerate(videos):
-        own = {row: (axes[f"{row} {i}"], axes[f"{row} bar {i}"]) for row in rows}
+        own = {row: (axes[f"{row} {i}"], axes[f"{row} bar {i}"]) for row in heights}
         draw_video(fig, own, title, clip, 100 * maps.mean(2).numpy())  # of the heads, in per cent
     plots.save_figure(fig, path)
 

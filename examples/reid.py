@@ -156,7 +156,7 @@ def cut(count, num_frames):
 
 
 class TrackletClips(Dataset):
-    """All clips of tracklets, lists of frames, as those of data.Clips, with the tracklet's number."""
+    """All clips of tracklets, lists of frames: as data.Clips, but numbered by tracklets."""
 
     def __init__(self, tracklets, num_frames, image_size):
         self.image_size = image_size
@@ -176,7 +176,7 @@ class TrackletClips(Dataset):
 
 @torch.inference_mode()
 def encode(model, clips, args):
-    """Features of every clip of a Dataset, (n, E), and the numbers that it gives them, on the CPU."""
+    """Features of every clip of a Dataset, (n, E), and its numbers of them, on the CPU."""
     model.eval()
     keys = [(0, i) for i in range(len(clips))]  # (epoch, clip)
     batches = [*BatchSampler(keys, args.batch_size, drop_last=False)]
@@ -243,7 +243,7 @@ def evaluate(args, command):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    train.join_processes()
+    train.join_processes()  # before the flags: the default device depends on it
     p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     parents=[train.parser()], conflict_handler="resolve", allow_abbrev=False)
     p.add_argument("--train", action="store_true", help="train on the persons of train.txt first")
