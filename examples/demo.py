@@ -214,15 +214,14 @@ def plot(path, frames, rows):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    usual = train.parser().parse_args([])
     p = data.Parser(description="EZ-CLIP on a rendered world.", allow_abbrev=False)
+    p.set_defaults(**vars(train.parser().parse_args([])))
     p.add_argument("--out", default="runs/demo", help="folder of the demo (%(default)s)")
     p.add_argument("--seed", type=data.at_least(0), nargs="+", default=[0], help="worlds (0)")
     p.add_argument("--resume", action="store_true", help="go on with the demo in --out")
     p.add_argument("--render", metavar="DIR", help="only render the world's frames into DIR")
-    p.add_argument("--workers", type=data.at_least(0), default=usual.workers,
-                   help="processes that load clips (%(default)s)")
-    p.add_argument("--device", type=train.usable_device, default=usual.device, help="(%(default)s)")
+    p.add_argument("--workers", type=data.at_least(0), help="loading processes (%(default)s)")
+    p.add_argument("--device", type=train.usable_device, help="(%(default)s)")
     args = p.parse_args(argv)
     if len(set(args.seed)) < len(args.seed) or args.render and len(args.seed) > 1:
         raise ValueError("--seed has one twice, or several with --render")

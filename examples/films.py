@@ -67,7 +67,7 @@ class Windows:
             image = frame
         if image:  # the last one, as long as the one before it
             self.seconds += step
-            yield image, self.seconds + step / 2  # which allows for times that were rounded
+            yield image, self.seconds + min(step / 2, 0.05)  # for times that were rounded
 
     def __iter__(self):
         begun = deque()  # windows that are not over: (start, images)
@@ -108,7 +108,8 @@ class Stretches:
         p, best = probabilities.max().item(), self.classes[probabilities.argmax()]
         if best != self.now:
             self.close(start + (self.film.window - self.film.every) / 2)
-            self.now, self.sum, self.windows, self.top = best, 0.0, 0, -1.0
+            self.now = best
+            self.sum, self.windows, self.top = 0.0, 0, -1.0
         self.sum += p
         self.windows += 1
         if p > self.top:
@@ -174,7 +175,7 @@ def plot_film(path, film, classes, answers, stretches):
     for i, axis in axes.items():
         stretch = stretches.found[i]
         name = textwrap.fill(plots.printable(stretch["class"] or NONE), 14, max_lines=3)
-        axis.imshow(np.asarray(stretches.frames[i]))
+        axis.imshow(stretches.frames[i])
         axis.set_title(f"{clock(stretch['start'])}\n{name}", fontsize=7)
         axis.axis("off")
     plots.save_figure(fig, path)

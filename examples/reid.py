@@ -100,16 +100,17 @@ def read_persons(args):
     queries = read_tracklets(root, "query.txt")
     gallery = read_tracklets(root, "gallery.txt")
     Q = len(queries)
-    _, frames, *columns = zip(*queries, *gallery)
-    labels, same = [], []  # as numbers; (Q, G), who has the same
-    for values in columns:
-        _, numbers = np.unique(values, return_inverse=True)
-        labels.append(torch.from_numpy(numbers))
-        same.append(labels[-1][:Q, None] == labels[-1][Q:])
-    person, clothes, camera = same
-    excluded = {"general": person & camera, "clothes-changing": person & (camera | clothes)}
-    found = partial(TrackletClips, frames), labels[0], Q, excluded
+    _, frames, persons, clothes, cameras = zip(*queries, *gallery)
 
+    def same(values):  # (Q, G)
+        values = np.array(values)
+        return torch.from_numpy(values[:Q, None] == values[Q:])
+
+    excluded = {
+        "general": same(persons) & same(cameras),
+        "clothes-changing": same(persons) & (same(cameras) | same(clothes))}
+    _, labels = np.unique(persons, return_inverse=True)  # equal numbers for equal names
+    found = partial(TrackletClips, frames), torch.from_numpy(labels), Q, excluded
     if not args.train:
         return None, found
     folders, _, persons, *_ = zip(*read_tracklets(root, "train.txt"))
