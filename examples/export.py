@@ -5,8 +5,8 @@
 
 Needs `pip install onnx onnxscript onnxruntime`. The folder --out receives
 
-    video.onnx    video, uint8 RGB (B, T, 3, S, S) -> features, fp32 (B, E), as encode_video has them
-    text.onnx     tokens, int64 (N, --text-length) -> features, fp32 (N, E), as encode_text has them
+    video.onnx    video, uint8 RGB (B, T, 3, S, S) -> features, fp32 (B, E), of encode_video
+    text.onnx     tokens, int64 (N, --text-length) -> features, fp32 (N, E), of encode_text
     classes.json  names, their text features (templates, classes, E) of norm 1, the logit scale,
                   sizes, templates, SHA-256 of the files and of what they were made from
 
@@ -150,7 +150,8 @@ def main(argv=None):
     context = model.config.context_length
     args.text_length = args.text_length or context
     if args.text_length > context:
-        raise ValueError(f"--text-length {args.text_length} is more than the model's context, {context}")
+        raise ValueError(f"--text-length {args.text_length} is more than the model's context, "
+                         f"{context}")
     content = describe(model, args)
 
     logging.getLogger("onnxscript").setLevel(logging.ERROR)
@@ -164,8 +165,8 @@ def main(argv=None):
             path = part / f"{name}.onnx"
             export(encoder, inputs[0], path, input_name)
             difference = largest_difference(encoder, path, inputs)
-            print(f"{name}.onnx: ONNX Runtime differs from PyTorch by {difference:.1e} of the largest "
-                  f"feature, in batches of {', '.join(map(str, counts))}")
+            print(f"{name}.onnx: ONNX Runtime differs from PyTorch by {difference:.1e} of the "
+                  f"largest feature, in batches of {', '.join(map(str, counts))}")
             if not difference < TOLERANCE:
                 raise ValueError(f"{name}.onnx: that is more than {TOLERANCE}, nothing is kept")
         # what a user has to trust, and to tell one export from another by

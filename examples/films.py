@@ -1,7 +1,7 @@
 """Name what happens along a film, with CLIP or with what was trained.
 
     python examples/films.py film.mp4 --checkpoint runs/ucf101_frames/last.pt
-    python examples/films.py film.mp4 --clip ViT-B/16 --class-names "riding a bike" "mixing batter" \\
+    python examples/films.py film.mp4 --clip ViT-B/16 --class-names "riding a bike" archery \\
         --every 0.5 --window 3 --none 0.3 --picture film.png
     ffmpeg -i rtsp://camera -c copy -f matroska - | python examples/films.py - --checkpoint last.pt
 
