@@ -180,7 +180,7 @@ def print_table(rows):
 # ---- the protocols ----
 
 def jobs_on_data(args, runs):
-    """Yield the jobs on --data for the flags of each seed and number of shots."""
+    """Yield the jobs on --data for the flags of each seed's run."""
     split, test = data.index_frames(args.data, args.train_list, args.test_list, args.labels,
                                     args.allow_missing)
     texts = describing(args, split.classes)
@@ -190,15 +190,15 @@ def jobs_on_data(args, runs):
     for name, part in {"training": split, **tests}.items():
         if not part.clips:
             raise ValueError(f"{args.data}: holds no clips for {name}")
+    rows = [(args.protocol, "", {})]  # as ROWS are
+    if args.protocol == "ablation":
+        rows = ROWS
+    if args.protocol == "few-shot":
+        rows = [(f"{count} shots", f"shots{count}", {"shots": count}) for count in args.shots]
     for flags in runs:
-        flags.descriptions = texts
-        chosen = shots(split, flags.shots, flags.seed)
-        if args.protocol == "ablation":
-            yield from ablation(flags, chosen, tests)
-        elif args.protocol == "few-shot":
-            yield f"{flags.shots} shots", changed(flags, f"shots{flags.shots}"), chosen, tests
-        else:
-            yield args.protocol, flags, chosen, tests
+        for row, folder, changes in rows:
+            part = changed(flags, folder, descriptions=texts, **changes)
+            yield row, part, shots(split, part.shots, part.seed), tests
 
 
 def jobs_on_sets(args, runs):
@@ -206,16 +206,16 @@ def jobs_on_sets(args, runs):
     learnt = set()  # the words of class names; an official checkpoint does not tell
     for flags in runs:
         if flags.checkpoint:
-            classes = read_weights(flags.checkpoint).get("classes", [])
-            learnt.update(map(data.class_text, classes))
+            saved = read_weights(flags.checkpoint)
+            learnt.update(map(data.class_text, saved.get("classes", [])))
     for text in args.test:
         name, _, paths = text.partition("=")
         for number in "123" if "{}" in paths else [""]:  # of the split
             root, *lists = paths.replace("{}", number).split(",")
             _, test = data.index_frames(root, None, *lists, whole=True,
                                         allow_missing=args.allow_missing)
+            shared = learnt.intersection(map(data.class_text, test.classes))
             if learnt:
-                shared = learnt.intersection(map(data.class_text, test.classes))
                 print(f"{name}: {len(shared)} of its {len(test.classes)} classes occur in training")
             texts = describing(args, test.classes)
             for flags in runs:
@@ -246,12 +246,10 @@ def main(argv=None):
     flag("--shots", type=data.at_least(0), nargs="+", metavar="K",
          help="training clips per class, 0: all (16; with an ablation of all classes 0)")
     flag("--base-to-novel", action="store_true", help="an ablation with base and novel classes")
-    flag("--classes", nargs=2, metavar="FILE", help="names of the base and of the novel classes "
-         "(the half with more training clips, and the rest)")
+    flag("--classes", nargs=2, metavar="FILE", help="base and novel names (by training clips)")
     flag("--test", action="append", default=[], metavar="NAME=DIR[,LIST,LABELS]",
          help="a data set for zero-shot; {}: splits 1 to 3")
-    flag("--descriptions", nargs="+", metavar="FILE", help="as of train.py; of several each data "
-         "set takes the first that has all of its classes")
+    flag("--descriptions", nargs="+", metavar="FILE", help="the first that has all classes is used")
     args = p.parse_args(argv)
 
     for name in REFUSED[args.protocol]:
@@ -278,9 +276,9 @@ def main(argv=None):
 
     runs = []
     for seed in args.seed:
-        checkpoint = args.checkpoint and args.checkpoint.replace("{}", str(seed))
-        for count in args.shots:
-            runs.append(changed(args, f"seed{seed}", seed=seed, shots=count, checkpoint=checkpoint))
+        flags = changed(args, f"seed{seed}", seed=seed, shots=args.shots[0])
+        flags.checkpoint = args.checkpoint and args.checkpoint.replace("{}", str(seed))
+        runs.append(flags)
     # a list: what is wrong with the last job is to show before the first is done
     jobs = list(jobs_on_data(args, runs) if args.data else jobs_on_sets(args, runs))
     command = shlex.join(["python", "examples/protocols.py", *argv])
