@@ -8,6 +8,7 @@ frames come to lie likewise, as FRAMES/Class/clip/img_00001.jpg, and their short
 has been stopped goes on when its command is repeated.
 """
 
+import errno
 import os
 import queue
 import re
@@ -24,6 +25,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 # ---- the frames of a video ----
@@ -77,6 +80,8 @@ def video_frames(video, complaints, chosen=None):
                 image = Image.frombytes("RGB", (width, height), pixels)
                 image.info["seconds"] = seconds
                 yield image
+        if process.wait() < 0:
+            complaints.append(f"ffmpeg has crashed, by signal {-process.returncode}")
         if not image:
             said = complaints[-1] if complaints else "no frames"
             raise ValueError(f"{video}: is no readable video ({said})")
@@ -147,7 +152,9 @@ def convert(video, folder):
         part.rename(folder)
     except ValueError as error:
         return f"skipped {error}"
-    except (FileExistsError, NotADirectoryError) as error:  # a file is where a folder is to be
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise OSError(f"{folder}: {error.strerror}") from None
         return f"skipped {video}: {error}"
     finally:
         shutil.rmtree(part, ignore_errors=True)

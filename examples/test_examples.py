@@ -138,6 +138,17 @@ def test_a_damaged_video_is_kept_and_named(tmp_path, capsys):
     assert 10 < len(data.frame_names(tmp_path / "torn/Clap/a")) < 30
 
 
+def test_a_decoder_that_crashes_is_named(tmp_path, capsys, monkeypatch):
+    make_video(tmp_path / "videos/Clap/a.avi", 40)
+    program = tmp_path / "ffmpeg"
+    program.write_text(f'#!/bin/sh\n{ffmpeg_program()} "$@"\nkill -SEGV $$\n')
+    program.chmod(0o755)
+    monkeypatch.setattr("imageio_ffmpeg.get_ffmpeg_exe", lambda: str(program))
+    assert prepare.extract(tmp_path / "videos", tmp_path / "frames") == 1
+    said = capsys.readouterr().err
+    assert "its 40 readable frames are kept: ffmpeg has crashed, by signal 11" in said
+
+
 def test_videos_of_all_kinds(tmp_path, capsys):
     """Sizes that change, covers of sound, deep folders, long names and what cannot be written."""
     videos, frames, parts = tmp_path / "videos", tmp_path / "frames", []
