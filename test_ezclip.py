@@ -1382,8 +1382,8 @@ def test_a_step_in_pieces_is_the_step(settings):
         model.logit_scale.requires_grad_()
         videos = torch.cat([NOISE, NOISE.flip(1)[:2]])
         tokens = clip_tokenizer.tokenize(["a", "b", "c d", "e", "f"])
-        losses = train.take_step(model, videos, tokens, torch.tensor([0, 1, 2, 0, 3]),
-                                 train.my_pieces(5, chunk), args, 0)
+        losses = train.take_step(model, videos, tokens, torch.tensor([0, 1, 2, 0, 3]), chunk,
+                                 args, 0)
         found.append((losses, {k: p.grad for k, p in train.trained(model).items()}))
     plain = model.similarity(model.encode_video(videos), model.encode_text(tokens))
     assert found[0][0][1] == pytest.approx(contrastive_loss(plain, torch.tensor([0, 1, 2, 0, 3])).item())
@@ -1410,7 +1410,7 @@ def test_a_piece_draws_the_same_masks_twice(change, monkeypatch):
         monkeypatch.setattr(model, name, encode)
     args = train.parser().parse_args(["--device", "cpu"])
     tokens = clip_tokenizer.tokenize(["a", "b", "c d"])
-    train.take_step(model, NOISE, tokens, torch.arange(3), train.my_pieces(3, 1), args, 0)
+    train.take_step(model, NOISE, tokens, torch.arange(3), 1, args, 0)
     assert len(encoded) == 10  # pieces 0 1 2, and again 1 0
     for first, again in ((2, 6), (3, 7), (0, 8), (1, 9)):
         near(encoded[first].detach(), encoded[again].detach(), 0)
@@ -1674,7 +1674,7 @@ def test_descriptions_stand_for_class_names(world, tmp_path):
     assert train.main([*world.common, *flags, "--out", str(tmp_path / "run")])["results"]
     path.write_text(json.dumps({"2": "clap: " + "very " * 80}))
     for classes, word in ((["Clap"], "Clap: a text has 84 tokens"),
-                          (["Clap", "Waving"], "texts.json: has no description of Waving")):
+                          (["Waving", "Clap"], "texts.json: has no description of Waving")):
         with pytest.raises(ValueError, match=word):
             said(classes)
 

@@ -8,8 +8,8 @@
 
 A run's folder, runs/<data> or --out, receives last.pt, log.csv, results.json and predictions.csv.
 Another program makes `args = parser().parse_args(["--out", folder, ...])`, takes Splits of clips
-from data.index_frames and calls `run(args, split, {"name": test})`, or its parts: build_model(args),
-train(model, split, args) and evaluate(model, test, args).
+from data.index_frames and calls `run(args, split, {"name": test})`, or its parts:
+build_model(args), train(model, split, args) and evaluate(model, test, args).
 """
 
 import argparse
@@ -17,6 +17,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import json
 import math
 import os
@@ -34,6 +35,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torchvision
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 import data
@@ -58,33 +60,24 @@ def usable_device(name):
     return name
 
 
-def template(text):
-    if "{}" not in text:
-        raise argparse.ArgumentTypeError(f"{text!r} has no {{}} for the class name")
-    return text
-
-
 # ---- one process or several ----
 
-def join_processes():
-    """Under torchrun: become one of its processes, on a GPU of its own. Only the first one prints
-    and writes."""
-    if "RANK" not in os.environ or dist.is_initialized():
+@contextlib.contextmanager
+def torchrun():
+    """Within it, if torchrun has started this process: one of several, on a GPU of its own. Only
+    the first one prints and writes. To be written as @torchrun() above a program's main."""
+    if "RANK" not in os.environ:
+        yield
         return
-    backend, gpus = "gloo", torch.cuda.device_count()
-    if gpus:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
-    if gpus >= int(os.environ["LOCAL_WORLD_SIZE"]):
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+    enough = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    dist.init_process_group("cpu:gloo,cuda:nccl" if enough else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
         warnings.simplefilter("ignore")
-
-
-def leave_processes():
-    """After work that is done; a process that fails just ends, or it would wait for the others."""
-    if dist.is_initialized():
+    yield
+    if enough:  # else nccl complains; but gloo, of PyTorch 2.5, can hang in it, as after a failure
         dist.destroy_process_group()
 
 
@@ -96,17 +89,19 @@ def processes():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def my_share(count):
-    """Which of `count` things are this process's, a range."""
-    return range(rank() * count // processes(), (rank() + 1) * count // processes())
+def my_pieces(things, size):
+    """Those pieces of a list, `size` long but for the last one, that this process works on."""
+    pieces = [things[k:k + size] for k in range(0, len(things), size)]
+    first = rank() * len(pieces) // processes()
+    stop = (rank() + 1) * len(pieces) // processes()
+    return pieces[first:stop]
 
 
-def exchange(collective, *arguments):
-    """Call a function of torch.distributed, if there are other processes that do, too."""
+def add_up(tensor):
+    """Make a tensor the sum of those of all processes. OSError where one of them has ended."""
     if dist.is_initialized():
         try:
-            with torch.inference_mode(False):  # which PyTorch 2.5 cannot gather objects in
-                collective(*arguments)
+            dist.all_reduce(tensor)
         except RuntimeError as error:
             if "DataLoader" in str(error):  # it is a loading process of our own
                 raise
@@ -115,36 +110,35 @@ def exchange(collective, *arguments):
             raise OSError(f"another process has ended: {error}") from None
 
 
-def add_up(tensor):
-    """Make a tensor the sum of those of all processes."""
-    exchange(dist.all_reduce, tensor)
-
-
-def gathered(items):
-    """The lists of all processes, one after another."""
-    parts = [items] * processes()
-    exchange(dist.all_gather_object, parts, items)
-    return sum(parts, [])
+def check_alike(what, *things):
+    """ValueError, which says `what`, unless all processes have the same things."""
+    here = torch.tensor([*hashlib.sha256(repr(things).encode()).digest()])
+    everywhere = here.clone()
+    add_up(everywhere)
+    if not torch.equal(everywhere, here * processes()):
+        raise ValueError(f"{what} are not the same on all machines")
 
 
 def add_model_flags(p):
-    """The flags that `build_model` needs, also for other programs' parsers."""
-    flag = p.add_argument
+    """The flags that other programs share: of the model, and of the texts of classes."""
+    flag, count = p.add_argument, at_least(1)
     flag("--clip", help="ViT-B/32, ViT-B/16, ViT-L/14, ViT-L/14@336px or a file (ViT-B/16)")
     flag("--checkpoint", help="weights to start from: a last.pt or one of the official code")
-    flag("--activation", choices=("quick_gelu", "gelu"), help="gelu for open_clip's models not "
-         "named -quickgelu (what the file says, or quick_gelu)")
-    flag("--vision-heads", type=at_least(1), help="heads of the vision tower (what the file says, or "
-         "width / 64)")
-    flag("--text-heads", type=at_least(1), help="heads of the text tower, likewise")
-    flag("--mean", type=float, nargs=3, help="mean of the pixels' RGB (what the file says, or CLIP's)")
-    flag("--std", type=float, nargs=3, help="their standard deviation, likewise")
-    flag("--num-frames", type=at_least(1), help="frames per clip (8, or the checkpoint's)")
-    flag("--prompts", choices=("deep", "shallow", "none"), help="temporal prompts in all layers, "
-         "in the first, or none (deep, or the checkpoint's)")
+    flag("--activation", choices=("quick_gelu", "gelu"),
+         help="gelu for open_clip's models not named -quickgelu (the file's, or quick_gelu)")
+    flag("--vision-heads", type=count, help="heads of the vision tower (the file's, or width / 64)")
+    flag("--text-heads", type=count, help="heads of the text tower (the file's, or width / 64)")
+    flag("--mean", type=float, nargs=3, help="mean of the pixels' RGB (the file's, or CLIP's)")
+    flag("--std", type=float, nargs=3, help="their standard deviation (the file's, or CLIP's)")
+    flag("--num-frames", type=count, help="frames per clip (8, or the checkpoint's)")
+    flag("--prompts", choices=("deep", "shallow", "none"),
+         help="temporal prompts in all layers, in the first, or none (deep, or the checkpoint's)")
     flag("--no-adapters", action="store_true", help="leave out the adapters")
     flag("--temporal-adapter", action="store_true",
          help="the official code's ablation: attention over time at every token")
+    flag("--descriptions", metavar="FILE", help="texts of classes: CSV number,name,text or JSON")
+    flag("--templates", nargs="+", metavar="TEXT",
+         help="texts with {} for the name (the 16 of the official code; {} with --descriptions)")
     device = "cpu"
     if torch.backends.mps.is_available() and not dist.is_initialized():
         device = "mps"
@@ -152,31 +146,19 @@ def add_model_flags(p):
         device = "cuda"
     flag("--device", type=usable_device, default=device,
          help="cuda, cuda:1, mps or cpu (%(default)s)")
-    flag("--precision", choices=("fp32", "bf16"), help="of products and sums in the model (bf16 on "
-         "cuda, else fp32)")
-
-
-def add_text_flags(p):
-    """The flags that `tokens_of` needs."""
-    flag = p.add_argument
-    flag("--descriptions", metavar="FILE", help="CSV number,name,text or JSON of texts to stand for "
-         "the class names")
-    flag("--templates", nargs="+", metavar="TEXT", type=template, help="texts with {} for the class "
-         "name (the 16 of the official code; {} with --descriptions)")
+    flag("--precision", choices=("fp32", "bf16"), help="of the model (bf16 on cuda, else fp32)")
 
 
 def parser():
     """The flags of a run; what is in parentheses in their help is the default."""
-    p = data.Parser(allow_abbrev=False, description="Train and evaluate EZ-CLIP on folders of "
-                    "frames. Defaults are in parentheses.")
-    flag = p.add_argument
+    p = data.Parser(allow_abbrev=False, description="Train EZ-CLIP. Defaults are in parentheses.")
+    flag, count, rate = p.add_argument, at_least(1), at_least(0, float)
     # data
     flag("--data", help="folder of frames: <class>/<clip>/img_00001.jpg")
     flag("--train-list", help="training clips: lines <clip> [<number of frames>] <label>")
     flag("--test-list", help="test clips, likewise")
     flag("--labels", help="names of the labels in lists: CSV id,name")
     flag("--allow-missing", action="store_true", help="leave out listed clips that are not there")
-    add_text_flags(p)
     flag("--no-flip", action="store_true",
          help="no horizontal flips (off anyway where a class name has left or right)")
     flag("--no-augment", action="store_true", help="no random crops, flips and colours")
@@ -185,29 +167,26 @@ def parser():
     flag("--tune", choices=("new", "all"), default="new",
          help="train prompts and adapters only, or CLIP too (%(default)s)")
     # optimisation
-    flag("--epochs", type=at_least(1), default=50, help="passes over all clips (%(default)s)")
-    flag("--batch-size", type=at_least(1), default=70, help="clips per step (%(default)s)")
-    flag("--lr", type=at_least(0, float), default=5e-5, help="peak learning rate (%(default)s)")
-    flag("--prompt-lr", type=at_least(0, float), help="peak learning rate of the prompts (--lr)")
-    flag("--weight-decay", type=at_least(0, float), default=0.2,
-         help="weight decay of AdamW (%(default)s)")
-    flag("--warmup-epochs", type=at_least(0, float), default=5,
+    flag("--epochs", type=count, default=50, help="passes over all clips (%(default)s)")
+    flag("--batch-size", type=count, default=70, help="clips per step (%(default)s)")
+    flag("--lr", type=rate, default=5e-5, help="peak learning rate (%(default)s)")
+    flag("--prompt-lr", type=rate, help="peak learning rate of the prompts (--lr)")
+    flag("--weight-decay", type=rate, default=0.2, help="weight decay of AdamW (%(default)s)")
+    flag("--warmup-epochs", type=rate, default=5,
          help="linear warm-up, at most a tenth of all steps (%(default)s)")
-    flag("--motion-weight", type=at_least(0, float), default=1.0,
-         help="weight of the motion loss (%(default)s)")
+    flag("--motion-weight", type=rate, default=1.0, help="weight of the motion loss (%(default)s)")
     flag("--seed", type=at_least(0), default=0, help="random seed (%(default)s)")
     # the run
     flag("--out", help="folder of the run (runs/<data>)")
     flag("--resume", action="store_true", help="go on with the run in --out, if there is one")
     flag("--eval-only", action="store_true", help="do not train")
-    flag("--eval-every", type=at_least(1), help="epochs between evaluations (only at the end)")
+    flag("--eval-every", type=count, help="epochs between evaluations (only at the end)")
     flag("--workers", type=at_least(0), default=min(8, os.cpu_count()),
          help="processes that load clips (%(default)s)")
     flag("--compile", action="store_true", help="let torch.compile speed the model up")
-    flag("--chunk", type=at_least(1), metavar="N", help="encode N clips at a time, each piece twice: "
-         "a batch takes the memory of N clips (the batch, or each process's share)")
-    flag("--recompute", action="store_true",
-         help="gradient checkpointing, block by block: less memory, more time")
+    flag("--chunk", type=count, metavar="N", help="encode N clips at a time, each twice: a "
+         "batch takes the memory of N clips (the batch, or each process's share)")
+    flag("--recompute", action="store_true", help="gradient checkpointing: less memory, more time")
     return p
 
 
@@ -215,30 +194,26 @@ def build_model(args):
     """The model of the flags on its device, as --clip or --checkpoint has it."""
     given = {"recompute": args.recompute}
     # what no flag says is said by the checkpoint, or else by Config
-    for name in ("activation", "vision_heads", "text_heads", "mean", "std", "prompts"):
-        value = getattr(args, name)
-        if value:
-            given[name] = tuple(value) if isinstance(value, list) else value
+    for name in ("activation", "vision_heads", "text_heads", "mean", "std", "prompts",
+                 "temporal_adapter"):
+        if getattr(args, name):
+            given[name] = getattr(args, name)
     if args.no_adapters:
         given["adapters"] = False
-    if args.temporal_adapter:
-        given["temporal_adapter"] = True
     if args.eval_only and not args.checkpoint and not args.prompts:
         print("no --checkpoint: this is plain CLIP, without prompts and adapters")
         given.update(prompts="none", adapters=False)
 
     torch.manual_seed(args.seed)  # of the new modules
     if args.checkpoint:
-        model = EZCLIP.from_pretrained(args.checkpoint, args.num_frames, args.clip, **given)
-        if not model.weights_adapted:
-            raise ValueError(f"{args.checkpoint}: holds no prompts and no adapters, so that it is "
-                             "plain CLIP, to be given as --clip")
-    else:
-        model = EZCLIP.from_pretrained(args.clip or "ViT-B/16", args.num_frames, **given)
+        given["clip"] = args.clip  # where the one that it names is now
+    start = args.checkpoint or args.clip or "ViT-B/16"
+    model = EZCLIP.from_pretrained(start, args.num_frames, **given)
+    if args.checkpoint and not model.weights_adapted:
+        raise ValueError(f"{start}: is plain CLIP, to be given as --clip")
     if model.config.vocab_size != 49408:
-        raise ValueError(f"{model.weights_path}: its vocabulary of {model.config.vocab_size} is not "
-                         "that of clip_tokenizer.py, 49408: from Python, give encode_text the ids "
-                         "that the model's own tokenizer makes (docs/deploy.md shows it)")
+        raise ValueError(f"{model.weights_path}: its vocabulary of {model.config.vocab_size} is "
+                         "not clip_tokenizer's: from Python, give encode_text ids (docs/deploy.md)")
     if args.tune == "new":
         model.freeze_backbone()
     if args.compile:
@@ -254,24 +229,26 @@ def trained(model):
 
 def templates_of(args):
     """The texts with {} for a class: given, or those that go with names or with descriptions."""
+    for text in args.templates or []:
+        if "{}" not in text:
+            raise ValueError(f"--templates: {text!r} has no {{}} for the class name")
     return args.templates or (["{}"] if args.descriptions else data.TEMPLATES)
 
 
 def tokens_of(classes, args, context_length=77):
     """Token ids of every template and class, (templates, classes, L)."""
-    words = [data.class_text(name) for name in classes]
-    templates = templates_of(args)
+    templates, texts, tokens = templates_of(args), {}, []
     if args.descriptions:
         texts = data.read_descriptions(args.descriptions)
-        found = [data.find_name(name, texts) for name in classes]
-        if None in found:
-            missing = classes[found.index(None)]
-            raise ValueError(f"{args.descriptions}: has no description of {missing}")
-        words = [texts[name] for name in found]
-    tokens = []
-    for name, word in zip(classes, words):
+    for name in classes:
+        text = data.class_text(name)
+        if args.descriptions:
+            text = texts.get(data.find_name(name, texts))
+        if text is None:
+            raise ValueError(f"{args.descriptions}: has no description of {name}")
         try:
-            tokens.append(tokenize([t.replace("{}", word) for t in templates], context_length))
+            filled = [template.replace("{}", text) for template in templates]
+            tokens.append(tokenize(filled, context_length))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from None
     return torch.stack(tokens, 1)
@@ -324,30 +301,28 @@ def evaluate(model, split, args):
     """
     model.eval()
     dataset = data.Clips(split, model.config.num_frames, model.config.image_size)
-    keys = []
-    for _, start, stop in my_pieces(len(dataset), args.batch_size):  # the last may be smaller
-        keys.append([(0, i) for i in range(start, stop)])
+    n = len(dataset)
+    batches = my_pieces([(0, i) for i in range(n)], args.batch_size)  # keys (epoch, clip)
     texts = encode_classes(split.classes, args, model)
-    predictions = []
-    bar = tqdm(data.loader(dataset, keys, args.workers), "test", len(keys), leave=False,
+
+    probabilities = torch.zeros(n, len(split.classes))  # other processes' are added in the end
+    bar = tqdm(data.loader(dataset, batches, args.workers), "test", len(batches), leave=False,
                disable=rank() > 0 or None)
     for videos, _, indices in bar:
         features = encode_clips(videos, args, model)
-        probabilities = class_probabilities(features, texts).cpu()  # (B, classes)
-        p, best = probabilities.topk(min(5, len(split.classes)))  # (B, 5)
-        for row, i in enumerate(indices):
-            clip, label = split.clips[i]
-            prediction = {"clip": clip, "class": split.classes[label]}
-            for k in range(best.shape[1]):
-                prediction[f"class{k + 1}"] = split.classes[best[row, k]]
-                prediction[f"p{k + 1}"] = p[row, k].item()
-            predictions.append(prediction)
+        probabilities[indices] = class_probabilities(features, texts).cpu()
+    add_up(probabilities)
 
-    predictions = gathered(predictions)
-    n, top1, top5 = len(predictions), 0, 0
-    for row in predictions:
-        top1 += row["class"] == row["class1"]
-        top5 += row["class"] in [row.get(f"class{k}") for k in range(1, 6)]
+    p, best = probabilities.topk(min(5, len(split.classes)))  # (n, 5)
+    predictions, top1, top5 = [], 0, 0
+    for i, (clip, label) in enumerate(split.clips):
+        top1 += label == best[i, 0].item()
+        top5 += label in best[i]
+        row = {"clip": clip, "class": split.classes[label]}
+        for k in range(best.shape[1]):
+            row[f"class{k + 1}"] = split.classes[best[i, k]]
+            row[f"p{k + 1}"] = p[i, k].item()
+        predictions.append(row)
     return {"top1": round(100 * top1 / n, 2), "top5": round(100 * top5 / n, 2), "n": n,
             "classes": len(split.classes), "split": split.source, "predictions": predictions}
 
@@ -356,8 +331,7 @@ def write(path, save):
     """Write a file as a whole or not at all: save(temporary file), flush to the disk, rename."""
     if rank():
         return
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = Path(f"{path}.tmp")
     try:
         with open(temporary, "wb") as file:
             save(file)
@@ -373,7 +347,9 @@ def write(path, save):
 
 def write_csv(path, rows):
     """A table of dicts; what a row lacks stays empty."""
-    header = list(dict.fromkeys(key for row in rows for key in row))
+    header = {}  # in the order in which columns appear
+    for row in rows:
+        header.update(row)
     text = io.StringIO(newline="")
     table = csv.writer(text)
     table.writerow(header)
@@ -404,13 +380,14 @@ def learning_rate(step, warmup, total):
 
 def make_optimizer(weights, args):
     """AdamW, with CLIP's settings; prompts may have a learning rate of their own."""
-    prompts, others = [], []
+    prompt_lr = args.lr if args.prompt_lr is None else args.prompt_lr
+    others = {"params": [], "peak": args.lr}
+    prompts = {"params": [], "peak": prompt_lr}
     for name, parameter in weights.items():
         group = prompts if "prompts" in name else others
-        group.append(parameter)
-    prompt_lr = args.lr if args.prompt_lr is None else args.prompt_lr
-    groups = [{"params": others, "peak": args.lr}, {"params": prompts, "peak": prompt_lr}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), eps=1e-8, weight_decay=args.weight_decay)
+        group["params"].append(parameter)
+    return torch.optim.AdamW([others, prompts], betas=(0.9, 0.98), eps=1e-8,
+                             weight_decay=args.weight_decay)
 
 
 @contextlib.contextmanager
@@ -441,7 +418,8 @@ def load_run(path, identity, weights, optimizer):
         for flag, value in saved["args"].items():
             now = identity["args"].get(flag)
             if flag not in FREE and now != value:
-                raise ValueError(f"{path}: the run has --{flag.replace('_', '-')} {value}, not {now}; "
+                flag = flag.replace("_", "-")
+                raise ValueError(f"{path}: the run has --{flag} {value}, not {now}; "
                                  "--resume keeps it")
         if saved["data_sha256"] != identity["data_sha256"]:
             raise ValueError(f"{path}: the run had other training clips or texts than these")
@@ -463,54 +441,50 @@ def save_run(path, content, weights, optimizer):
         raise ArithmeticError(f"step {content['step']}: the weights are no longer finite, and not "
                               "saved; a lower --lr may help")
     state = {name: weight.detach() for name, weight in weights.items()}
-    content = {**content, "state_dict": state, "optimizer": optimizer.state_dict()}
+    content = content | {"state_dict": state, "optimizer": optimizer.state_dict()}
     write(path, lambda file: torch.save(content, file))
-
-
-def my_pieces(count, chunk):
-    """The pieces of a batch of `count` clips that this process encodes: (number, start, stop)."""
-    numbers = my_share(math.ceil(count / chunk))
-    return [(k, k * chunk, min(count, (k + 1) * chunk)) for k in numbers]
 
 
 def seed_draws(*numbers):
     torch.manual_seed(np.random.SeedSequence(numbers).generate_state(1).item())
 
 
-def take_step(model, videos, tokens, labels, pieces, args, step):
-    """Leave the gradients of a step in the weights, those of this process's `pieces`; returns the
-    losses of the whole batch: total, contrastive, motion.
+def take_step(model, videos, tokens, labels, chunk, args, step):
+    """Leave the gradients of a step in the weights; returns the losses of its batch: total,
+    contrastive, motion.
 
-    videos: (b, T, 3, S, S) of the clips in `pieces`; tokens: (B, L) and labels: (B,) of all.
+    tokens: (B, L), labels: (B,). The batch is encoded in pieces of `chunk` clips; videos are those
+    of this process's pieces, (b, T, 3, S, S).
 
     The loss compares all clips with each other, but only by their features. So the step is split
     there: each piece is encoded, the loss gives the gradient of the features, and each piece is
-    encoded once more, with the same draws, to lead its share on to the weights. No more memory is
+    encoded once more, with the same draws, to lead its part on to the weights. No more memory is
     needed than for one piece (Gao et al. 2021). The last piece is not encoded again.
     """
-    def encode(number, start, stop):
-        first = pieces[0][1]  # of the clips in `videos`
-        seed_draws(args.seed, step, 1 + number)
+    pieces, videos = my_pieces(range(len(labels)), chunk), videos.split(chunk)
+
+    def encode(piece, video):
+        seed_draws(args.seed, step, 1 + piece.start // chunk)
+        text = without_padding(tokens[piece.start:piece.stop])
         with autocast(args):
-            part = videos[start - first:stop - first].to(args.device, non_blocking=True)
-            frames = model.encode_frames(part)
-            texts = model.encode_text(without_padding(tokens[start:stop]).to(args.device))
+            frames = model.encode_frames(video.to(args.device, non_blocking=True))
+            texts = model.encode_text(text.to(args.device))
         return torch.cat([frames, texts[:, None]], 1).float()  # (b, T + 1, E)
 
-    # features, where the clips of other processes are zeros until they are added up
+    # features; those of other processes are zeros until they are added up
     features = torch.zeros(len(labels), model.config.num_frames + 1, model.config.embed_dim,
                            device=args.device)
-    for number, start, stop in pieces:
+    for piece, video in zip(pieces, videos):
         encoded = None  # frees the graph of the piece before
-        encoded = encode(number, start, stop)
-        features[start:stop] = encoded.detach()
+        encoded = encode(piece, video)
+        features[piece.start:piece.stop] = encoded.detach()
     add_up(features)
 
     # the loss, and back to the features
     features.requires_grad_()
-    frames, texts = features[:, :-1], features[:, -1]
-    seed_draws(args.seed, step)
-    logits = model.similarity(model.pool(frames), texts)
+    frames = features[:, :-1]
+    seed_draws(args.seed, step)  # alike in all processes, should somebody's pool draw
+    logits = model.similarity(model.pool(frames), features[:, -1])
     contrastive = contrastive_loss(logits, labels.to(args.device))
     motion = motion_loss(frames)
     loss = contrastive + args.motion_weight * motion
@@ -519,26 +493,22 @@ def take_step(model, videos, tokens, labels, pieces, args, step):
         model.zero_grad()
 
     # back to the weights
-    for number, start, stop in reversed(pieces):
+    for piece, video in reversed([*zip(pieces, videos)]):
         if encoded is None:
-            encoded = encode(number, start, stop)
+            encoded = encode(piece, video)
         if encoded.requires_grad:  # else nothing before the features is trained
-            encoded.backward(features.grad[start:stop])
+            encoded.backward(features.grad[piece.start:piece.stop])
         encoded = None
-    return torch.stack([loss, contrastive, motion]).tolist()
-
-
-def add_up_gradients(weights):
-    """Make gradients the sums of those of all processes, in one exchange."""
-    if processes() == 1:
-        return
+    weights = trained(model).values()
     for weight in weights:
         if weight.grad is None:  # this process had no clip
             weight.grad = torch.zeros_like(weight)
-    flat = torch.cat([weight.grad.flatten() for weight in weights])
-    add_up(flat)
-    for weight, part in zip(weights, flat.split([weight.numel() for weight in weights])):
-        weight.grad = part.view_as(weight)
+    if processes() > 1:
+        gradients = [weight.grad for weight in weights]
+        flat = parameters_to_vector(gradients)  # for a single exchange
+        add_up(flat)
+        vector_to_parameters(flat, gradients)
+    return torch.stack([loss, contrastive, motion]).tolist()
 
 
 def train(model, split, args, tests=None):
@@ -552,8 +522,8 @@ def train(model, split, args, tests=None):
     out, clips, weights = Path(args.out), split.clips, trained(model)
     out.mkdir(parents=True, exist_ok=True)
     tokens = tokens_of(split.classes, args, model.config.context_length)  # (templates, classes, L)
-    sided = re.compile(r"(?<![a-z])(left|right)(?![a-z])")
-    flip = not args.no_flip and not any(sided.search(data.class_text(c)) for c in split.classes)
+    words = " ".join(map(data.class_text, split.classes))
+    flip = not args.no_flip and not re.search(r"(?<![a-z])(left|right)(?![a-z])", words)
     dataset = data.Clips(split, model.config.num_frames, model.config.image_size, train=True,
                          augment=not args.no_augment, flip=flip, seed=args.seed)
     print(f"training {sum(p.numel() for p in weights.values()):,} parameters on {args.device}, "
@@ -574,46 +544,40 @@ def train(model, split, args, tests=None):
     if args.resume and (out / "last.pt").exists():
         step, rows, sums = load_run(out / "last.pt", identity, weights, optimizer)
         print(f"resumed at step {step} of {total}")
-    if len(set(gathered([step]))) > 1:
-        raise ValueError(f"{out}: is another folder on another machine, all have to share it")
+    check_alike(f"{out}: files there", step)
 
-    def shares():  # the part of each batch that this process loads
-        for batch in batches(len(clips), args.batch_size, step, total, args.seed):
-            pieces = my_pieces(len(batch), chunk)
-            yield batch[pieces[0][1]:pieces[-1][2]] if pieces else batch[:1]
-
-    stream = data.loader(dataset, shares(), args.workers, args.device.startswith("cuda"))
+    # the batches, and of each, loaded ahead, the clips of this process's pieces; or of none a clip
+    steps, ahead = itertools.tee(batches(len(clips), args.batch_size, step, total, args.seed))
+    shares = (sum(my_pieces(batch, chunk), []) or batch[:1] for batch in ahead)
+    stream = data.loader(dataset, shares, args.workers, args.device.startswith("cuda"))
     bar = tqdm(stream, "train", total, initial=step, unit="step", disable=rank() > 0 or None)
     clock = saved_at = time.monotonic()
     waited = 0.0  # for clips, in this epoch
     with stop_signals() as stopped:
-        whole = batches(len(clips), args.batch_size, step, total, args.seed)
-        for batch, (videos, _, _) in zip(whole, bar):
-            # draws and learning rates of this step
+        for batch, (videos, _, _) in zip(steps, bar):
+            # templates and learning rates
             waited += time.monotonic() - clock
             add_up(torch.tensor(0))  # raises where a process has died, as GPUs' exchanges do not
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * learning_rate(step, warmup, total)
             labels = torch.tensor([clips[i][1] for _, i in batch])
             seed_draws(args.seed, step)
             drawn = torch.randint(len(tokens), labels.shape)  # a template for each clip
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * learning_rate(step, warmup, total)
 
             # forward and backward
             model.train()
             optimizer.zero_grad()
-            pieces = my_pieces(len(batch), chunk)
-            losses = take_step(model, videos, tokens[drawn, labels], labels, pieces, args, step)
+            losses = take_step(model, videos, tokens[drawn, labels], labels, chunk, args, step)
             if not math.isfinite(losses[0]):
                 names = ", ".join(clips[i][0] for _, i in batch)
-                raise ArithmeticError(f"step {step}: the loss is {losses[0]}, a lower --lr may help;"
-                                      f" clips: {names}")
-            add_up_gradients([*weights.values()])
+                raise ArithmeticError(f"step {step}: the loss is {losses[0]}, a lower --lr may "
+                                      f"help; clips: {names}")
             optimizer.step()
             step += 1
             now = time.monotonic()
             sums = [a + b for a, b in zip(sums, (*losses, now - clock))]
-            bar.set_postfix_str(f"loss {losses[0]:.3f}, lr {optimizer.param_groups[0]['lr']:.1e}, "
-                                f"{100 * waited / sums[3]:.0f} % waiting for clips", False)
+            share = waited / sums[3]
+            bar.set_postfix_str(f"loss {losses[0]:.3f}, {share:.0%} waiting for clips", False)
 
             # once per epoch: log, and evaluate
             if step % per_epoch == 0:
@@ -624,8 +588,10 @@ def train(model, split, args, tests=None):
                 if args.eval_every and row["epoch"] % args.eval_every == 0 and step < total:
                     for name, test in (tests or {}).items():
                         result = evaluate(model, test, args)
-                        row[f"{name} top1"], row[f"{name} top5"] = result["top1"], result["top5"]
-                rows, sums, waited = [*rows, row], [0.0] * 4, 0.0
+                        row[f"{name} top1"] = result["top1"]
+                        row[f"{name} top5"] = result["top5"]
+                rows.append(row)
+                sums, waited = [0.0] * 4, 0.0
                 write_csv(out / "log.csv", rows)
 
             # once in a while: save
@@ -633,8 +599,10 @@ def train(model, split, args, tests=None):
             add_up(stop)  # all processes stop after the same step
             if step % per_epoch == 0 or stop or now - saved_at > SAVE_SECONDS:
                 progress = {"step": step, "rows": rows, "sums": sums}
-                save_run(out / "last.pt", {**identity, **progress}, weights, optimizer)
+                save_run(out / "last.pt", identity | progress, weights, optimizer)
                 saved_at = now
+            if stop and rank():
+                sys.exit(130)  # one of them says so
             if stop and rank():
                 sys.exit(130)  # one of them says so
             if stop:
@@ -645,7 +613,7 @@ def train(model, split, args, tests=None):
 
 
 def run(args, split, tests, command=""):
-    """One run, as the flags say: train on a Split, unless --eval-only, and evaluate on {name: Split}.
+    """One run: train on a Split, unless --eval-only, and evaluate on others, {name: Split}.
 
     Returns what results.json in --out holds. Predictions lie beside it or, if there are several
     test sets, in a folder each.
@@ -661,29 +629,27 @@ def run(args, split, tests, command=""):
         raise ValueError("nothing to train: no prompts, no adapters, no --tune all")
     if not (args.eval_only or split.clips):
         raise ValueError(f"{split.root}: no training clips")
-    same = hashlib.sha256(repr([split, tests, model.weights_sha256]).encode()).hexdigest()
-    if len(set(gathered([same]))) > 1:
-        raise ValueError(f"{split.root}: clips, classes or CLIP differ from another machine's")
     for test in tests.values():  # a bad text is to show now, not after hours
         tokens_of(test.classes, args, model.config.context_length)
-    out.mkdir(parents=True, exist_ok=True)
+    check_alike(f"{out}: its clips, classes or CLIP", split, tests, model.weights_sha256)
 
-    rows = [] if args.eval_only else train(model, split, args, tests)
-    results = {}
+    rows, results = [], {}
+    if not args.eval_only:
+        rows = train(model, split, args, tests)
     for name, test in tests.items():
         result = evaluate(model, test, args)
         folder = out if len(tests) == 1 else out / name
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         write_csv(folder / "predictions.csv", result.pop("predictions"))
         print(f"{name}: top-1 {result['top1']:.1f} %, top-5 {result['top5']:.1f} %, "
               f"n = {result['n']}, {result['classes']} classes", flush=True)
         results[name] = result
         if rows:
-            rows[-1][f"{name} top1"], rows[-1][f"{name} top5"] = result["top1"], result["top5"]
+            rows[-1][f"{name} top1"] = result["top1"]
+            rows[-1][f"{name} top5"] = result["top5"]
             write_csv(out / "log.csv", rows)
-    seconds = sum(row["seconds"] for row in rows)
-    return write_results(args, command, trainable=trainable, seconds=round(seconds, 1),
-                         results=results)
+    seconds = round(sum(row["seconds"] for row in rows), 1)
+    return write_results(args, command, trainable=trainable, seconds=seconds, results=results)
 
 
 def write_results(args, command, **content):
@@ -697,9 +663,9 @@ def write_results(args, command, **content):
     return content
 
 
+@torchrun()
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    join_processes()
     args = parser().parse_args(argv)
     if not args.data:
         raise ValueError("--data is needed, a folder of frames")
@@ -707,12 +673,11 @@ def main(argv=None):
     args.out = args.out or f"runs/{name}"
     train_split, test_split = data.index_frames(args.data, args.train_list, args.test_list,
                                                 args.labels, args.allow_missing)
-    if not test_split.clips:
-        data.warn("there are no test clips")
-    tests = {name: test_split} if test_split.clips else {}
+    tests = {}
+    if test_split.clips:
+        tests[name] = test_split
     content = run(args, train_split, tests, shlex.join(["python", "train.py", *argv]))
     print(f"pictures of it: python examples/plots.py {shlex.quote(args.out)}")
-    leave_processes()
     return content
 
 

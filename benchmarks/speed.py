@@ -113,7 +113,7 @@ def prepared(who, what, name, T, args, batch=None):
         labels = torch.arange(B, device=device)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
         flags = train.parser().parse_args(["--device", args.device, "--precision", precision])
-        pieces = train.my_pieces(B, args.chunk if "chunk" in who else B)
+        chunk = args.chunk if "chunk" in who else B
 
         def work():
             optimizer.zero_grad()
@@ -123,7 +123,7 @@ def prepared(who, what, name, T, args, batch=None):
                 logits = model.similarity(frames.float().mean(1), encoded)
                 (contrastive_loss(logits, labels) + motion_loss(frames)).backward()
             else:
-                train.take_step(model, video, texts, labels, pieces, flags, 0)
+                train.take_step(model, video, texts, labels, chunk, flags, 0)
             optimizer.step()
         return work
 

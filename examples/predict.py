@@ -40,7 +40,6 @@ def add_flags(p):
                    help="the names to choose from, or a file of names (those of the checkpoint's "
                    "training)")
     train.add_model_flags(p)
-    train.add_text_flags(p)
 
 
 def classes_of(args):

@@ -234,9 +234,9 @@ def describing(args, classes):
         raise ValueError(f"{', '.join(args.descriptions)}: none has all of {', '.join(classes)}")
 
 
+@train.torchrun()
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    train.join_processes()  # before the flags: the default device depends on it
     p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     parents=[train.parser()], conflict_handler="resolve", allow_abbrev=False)
     flag = p.add_argument
@@ -284,9 +284,7 @@ def main(argv=None):
     command = shlex.join(["python", "examples/protocols.py", *argv])
     rows = run(jobs, command)
     print_table(rows)
-    content = train.write_results(args, command, results=rows)
-    train.leave_processes()
-    return content
+    return train.write_results(args, command, results=rows)
 
 
 if __name__ == "__main__":

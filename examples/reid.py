@@ -242,9 +242,9 @@ def evaluate(args, command):
             "results": scores}
 
 
+@train.torchrun()
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    train.join_processes()  # before the flags: the default device depends on it
     p = data.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                     parents=[train.parser()], conflict_handler="resolve", allow_abbrev=False)
     p.add_argument("--train", action="store_true", help="train on the persons of train.txt first")
@@ -259,9 +259,7 @@ def main(argv=None):
     args.out = args.out or f"runs/{Path(args.data).resolve().name}"
     args.json = args.json and not train.rank()
     command = shlex.join(["python", "examples/reid.py", *argv])
-    content = predict.report(partial(evaluate, command=command), args)
-    train.leave_processes()
-    return content
+    return predict.report(partial(evaluate, command=command), args)
 
 
 if __name__ == "__main__":
