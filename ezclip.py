@@ -27,6 +27,7 @@ embed_dim, N texts. Parameters that CLIP has are named as in OpenAI's state dict
 load without a table of names.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -235,10 +236,9 @@ class Transformer(nn.Module):
             prompts = F.dropout(self.temporal_prompts, self.prompt_dropout, self.training)
         for i, block in enumerate(self.resblocks):
             prompt = prompts[i] if i < len(prompts) else None  # (T, D)
-            args = [x, num_frames, prompt]
-            if i == len(self.resblocks) - 1:
-                # tokens that nobody reads are not computed: 9 % of a step, 7 % of an evaluation
-                args.append(keep)
+            # tokens that nobody reads are not computed: 9 % of a step, 7 % of an evaluation
+            kept = keep if i == len(self.resblocks) - 1 else None
+            args = (x, num_frames, prompt, kept)
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, *args, use_reentrant=False)
             else:
@@ -392,41 +392,43 @@ class EZCLIP(nn.Module):
         whether the file held prompts or adapters. Raises OSError (no file, no download), or
         ValueError naming file and keys: only the new modules may be missing, nothing left over.
         """
-        file = _WeightsFile(str(name_or_path))
-        settings = file.said | config_overrides | file.settled()
-        for name, value in config_overrides.items():
-            if settings[name] != value:
-                raise ValueError(f"{file.path}: has {name} {settings[name]!r}, not {value!r}")
-        if num_frames is not None:
-            settings["num_frames"] = num_frames
-        if settings.get("vision_width", 0) > 1024 and not settings.get("vision_heads"):
-            raise ValueError(f"{file.path}: no weight tells how many heads a vision width of "
-                             f"{settings['vision_width']} has: put the model's config.json or "
-                             "open_clip_config.json beside it, or give vision_heads (--vision-heads)")
-        if file.partial:
-            clip = clip or file.content["clip"]
-            try:
+        name = str(name_or_path)
+        path = _find(name)
+        sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+        if sha256 != _RELEASES.get(name, sha256):
+            raise ValueError(f"{path}: SHA-256 is not that of {name}: delete the file")
+        content = read_weights(path)
+        state = _tensors(path, content)
+        keys = "\n".join(state)
+        # train.py saves what it has trained, and names the rest
+        partial = "clip_sha256" in content and "visual.conv1." not in keys
+        try:
+            said = _config_beside(path) | config_overrides
+            settled = _settled(said, content, state, keys, partial)
+            settings = said | settled
+            if num_frames is not None:
+                settings["num_frames"] = num_frames
+            if partial:
+                clip = clip or content["clip"]
                 model = cls.from_pretrained(clip, **settings)
-            except (OSError, ValueError) as error:
-                raise ValueError(f"{file.path}: its CLIP cannot be loaded: {error}; `clip` (--clip) "
-                                 "says where it is now") from None
-            if model.weights_sha256 != file.content["clip_sha256"]:
-                raise ValueError(f"{file.path}: was trained on another CLIP than {clip}")
-        elif clip:
-            raise ValueError(f"{file.path}: holds its own CLIP, leave `clip` out")
-        else:
-            try:
+                if model.weights_sha256 != content["clip_sha256"]:
+                    raise ValueError(f"was trained on another CLIP than {clip}")
+            elif clip:
+                raise ValueError("holds its own CLIP, leave `clip` out")
+            else:
                 model = cls(Config(**settings))
-            except (ValueError, RuntimeError) as error:  # sizes that no model has, or no memory
-                raise ValueError(f"{file.path}: {error}") from None
-            model.weights_path, model.weights_sha256 = str(name_or_path), file.sha256
-            known = file.sha256 in _RELEASES.values() or file.table is _OFFICIAL
-            if model.config.activation is None and not known:
-                warnings.warn(f"{file.path}: does not say its activation, QuickGELU is taken; "
-                              'activation="gelu" (--activation gelu) is that of open_clip\'s models '
-                              "not named -quickgelu")
-        file.load(model)
-        model.weights_adapted = file.adapted
+                model.weights_path, model.weights_sha256 = name, sha256
+                known = sha256 in _RELEASES.values() or "T_prompt" in keys or "D_fc1" in keys
+                if model.config.activation is None and not known:
+                    warnings.warn(f"{path}: does not say its activation, QuickGELU is taken; "
+                                  'activation="gelu" (--activation gelu) is that of open_clip\'s '
+                                  "models not named -quickgelu")
+            model.weights_adapted = partial or "prompts" in settled
+            _copy(state, keys, model, partial)
+        except OSError as error:
+            raise ValueError(f"{path}: {error}; `clip` (--clip) says where its CLIP is") from None
+        except (ValueError, RuntimeError) as error:  # the second: sizes beyond the memory
+            raise ValueError(f"{path}: {error}{_probably(keys, path)}") from None
         return model.eval()
 
 
@@ -496,82 +498,61 @@ _RELEASES = {  # name: SHA-256
 }
 _FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin", "model.safetensors",
           "pytorch_model.bin")  # of a folder, the first that is there
-# What a file may be that cannot be read, by its first letters, and what a model, by its names.
-_NO_WEIGHTS = {b"version https": "it is a git-lfs pointer, not the file itself",
-               b"<": "it is a web page",
-               b"{": "it is JSON, like the index of a model in several files"}
-_NO_VIT = {"visual.layer1.": "is a ResNet CLIP, not a ViT",
-           "visual.trunk.": "has a vision tower of timm, as ConvNeXt, and not CLIP's ViT"}
-# Our parameter names and those of others, replaced in this order: so errors name a file's own keys.
-_OFFICIAL = """
-    temporal_adapter.fc             T_Adapter.D_fc
-    adapter.fc                      Adapter.D_fc
-    temporal_prompts                T_prompt_embeddings"""
-_HUGGING_FACE = """
-    visual.proj                     visual_projection.weight
-    text_projection                 text_projection.weight
-    visual.transformer.resblocks    vision_model.encoder.layers
-    transformer.resblocks           text_model.encoder.layers
-    visual.class_embedding          vision_model.embeddings.class_embedding
-    visual.conv1                    vision_model.embeddings.patch_embedding
-    visual.positional_embedding     vision_model.embeddings.position_embedding.weight
-    positional_embedding            text_model.embeddings.position_embedding.weight
-    token_embedding                 text_model.embeddings.token_embedding
-    visual.ln_pre                   vision_model.pre_layrnorm
-    visual.ln_post                  vision_model.post_layernorm
-    ln_final                        text_model.final_layer_norm
-    ln_                             layer_norm
-    attn.in_proj_                   self_attn.{}_proj.
-    attn.out_proj                   self_attn.out_proj
-    c_fc                            fc1
-    c_proj                          fc2"""
-# Fields of Config; and what Hugging Face's and open_clip's JSON calls them, and means without them.
-_CONFIGS = """
-    embed_dim         projection_dim                       512    embed_dim                512
-    vision_width      vision_config.hidden_size            768    vision_cfg.width         768
-    vision_layers     vision_config.num_hidden_layers      12     vision_cfg.layers        12
-    vision_heads      vision_config.num_attention_heads    12     vision_cfg.head_width    64
-    vision_mlp_width  vision_config.intermediate_size      3072   vision_cfg.mlp_ratio     4
-    patch_size        vision_config.patch_size             32     vision_cfg.patch_size    16
-    image_size        vision_config.image_size             224    vision_cfg.image_size    224
-    text_width        text_config.hidden_size              512    text_cfg.width           512
-    text_layers       text_config.num_hidden_layers        12     text_cfg.layers          12
-    text_heads        text_config.num_attention_heads      8      text_cfg.heads           8
-    text_mlp_width    text_config.intermediate_size        2048   text_cfg.mlp_ratio       4
-    context_length    text_config.max_position_embeddings  77     text_cfg.context_length  77
-    vocab_size        text_config.vocab_size               49408  text_cfg.vocab_size      49408"""
+# What a file that is refused may be, by its first letters, or its keys and its name.
+_KINDS = {r"\Aversion https": "a git-lfs pointer, not the file itself",
+          r"\A\s*<": "a web page",
+          r"\A\s*{": "JSON, like the index of a model in several files",
+          r"\bvisual\.layer1\.": "a ResNet CLIP, not a ViT",
+          r"\bvisual\.trunk\.": "a CLIP with a vision tower of timm, as ConvNeXt",
+          r"-of-\d+\.\w+\Z": "one of the several files of a model"}
+_NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", "position_ids",
+               "num_batches_tracked")
+# Our words in names of parameters, and those of the official code and of Hugging Face. They are
+# replaced in this order where a file has them: so errors name a file's own keys.
+_WORDS = {
+    "temporal_adapter.fc": "T_Adapter.D_fc",
+    "adapter.fc": "Adapter.D_fc",
+    "temporal_prompts": "T_prompt_embeddings",
+    "visual.proj": "visual_projection.weight",
+    "text_projection": "text_projection.weight",
+    "visual.transformer.resblocks": "vision_model.encoder.layers",
+    "transformer.resblocks": "text_model.encoder.layers",
+    "visual.class_embedding": "vision_model.embeddings.class_embedding",
+    "visual.conv1": "vision_model.embeddings.patch_embedding",
+    "visual.positional_embedding": "vision_model.embeddings.position_embedding.weight",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+    "token_embedding": "text_model.embeddings.token_embedding",
+    "visual.ln_pre": "vision_model.pre_layrnorm",
+    "visual.ln_post": "vision_model.post_layernorm",
+    "ln_final": "text_model.final_layer_norm",
+    "ln_": "layer_norm",
+    "attn.in_proj_": "self_attn.{}_proj.",
+    "attn.out_proj": "self_attn.out_proj",
+    "mlp.c_fc": "mlp.fc1",
+    "mlp.c_proj": "mlp.fc2",
+}
+# What JSON calls the fields of a tower: Hugging Face's words, open_clip's, and those of both.
+_JSON = {"hidden_size": "{}_width", "num_hidden_layers": "{}_layers",
+         "num_attention_heads": "{}_heads", "max_position_embeddings": "context_length",
+         "width": "{}_width", "layers": "{}_layers", "heads": "{}_heads",
+         "context_length": "context_length", "vocab_size": "vocab_size",
+         "patch_size": "patch_size", "image_size": "image_size"}
 # What no weight tells either, and the values, beside none, that there is code for.
 _PLAIN = {"layer_norm_eps": [1e-5], "pool_type": ["tok", "argmax"], "no_causal_mask": [],
           "act_kwargs": [], "norm_kwargs": []}
-_IGNORED = r"(.*\.)?(input_resolution|context_length|vocab_size|position_ids|attn_mask)"
-_SIZES = (  # a parameter, one of its dimensions, and what this is in a Config
-    ("visual.conv1.weight", 0, "vision_width"), ("visual.conv1.weight", 2, "patch_size"),
-    ("positional_embedding", 0, "context_length"), ("positional_embedding", 1, "text_width"),
-    ("token_embedding.weight", 0, "vocab_size"), ("text_projection", 1, "embed_dim"),
-    ("visual.positional_embedding", 0, "positions"), ("visual.temporal_embedding", 1, "num_frames"),
-    ("visual.transformer.temporal_prompts", 1, "num_frames"),
-    ("visual.transformer.resblocks.0.mlp.c_fc.weight", 0, "vision_mlp_width"),
-    ("transformer.resblocks.0.mlp.c_fc.weight", 0, "text_mlp_width"))
 
 
 def _find(name):
     """-> the path of a weights file: of the name, of the file in a folder, or of a release of
     OpenAI's in the cache, where it is put unless it is there."""
-    if name in _RELEASES:
-        return _download(name)
-    path = Path(os.path.expanduser(name))  # which leaves ~ where there is no home
-    if path.is_dir():
-        inside = [path / file for file in _FILES if (path / file).is_file()]
-        if not inside:
-            raise FileNotFoundError(f"{path}: is a folder without any of {', '.join(_FILES)}; a "
-                                    "model in several files is not read")
-        path = inside[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file, nor one of {', '.join(_RELEASES)}")
-    return path
-
-
-def _download(name):
+    if name not in _RELEASES:
+        path = Path(os.path.expanduser(name))  # which leaves ~ where there is no home
+        for file in (path, *map(path.joinpath, _FILES)):
+            if file.is_file():
+                return file
+        raise FileNotFoundError(
+            f"{path}: no such file, nor a folder with one of {', '.join(_FILES)} (a model in "
+            f"several files is not read), nor one of {', '.join(_RELEASES)}")
     file = re.sub("[/@]", "-", name) + ".pt"
     path, url = Path("~/.cache/clip", file), f"{_URL}/{_RELEASES[name]}/{file}"
     try:
@@ -585,174 +566,161 @@ def _download(name):
     return path
 
 
-def _config_beside(path):
-    """What open_clip's or Hugging Face's JSON beside a weights file says of its model, as fields of
-    Config, and the path of that JSON; {} and None without one."""
-    source = path.with_name("open_clip_config.json")
-    if not source.is_file():
-        source = path.with_name("config.json")
-    if not source.is_file():
-        return {}, None
-    try:
-        content = json.loads(source.read_text("utf-8"))
-        model, pixels, said = content.get("model_cfg", content), content.get("preprocess_cfg", {}), {}
-        open_clip = model is not content
-        if not open_clip:
-            if "vision_config" not in model and model.get("model_type") != "clip":
-                return {}, None  # somebody else's config.json
-            for name in ("processor_config.json", "preprocessor_config.json"):
-                if path.with_name(name).is_file():
-                    pixels = json.loads(path.with_name(name).read_text("utf-8"))
-                    pixels = pixels.get("image_processor", pixels)
-
-        for row in _CONFIGS.strip().split("\n"):
-            field, *columns = row.split()
-            key, default = columns[2:] if open_clip else columns[:2]
-            section, _, key = key.rpartition(".")
-            part = model.get(section, {}) if section else model
-            said[field] = part.get(key, int(default))
-            for key, plain in _PLAIN.items():
-                if part.get(key) and part[key] not in plain:
-                    raise ValueError(f"{section} has {key} {part[key]!r}, for which there is no code")
-        if open_clip:
-            said["activation"] = "quick_gelu" if model.get("quick_gelu") else "gelu"
-            said["vision_heads"] = said["vision_width"] // said["vision_heads"]  # by their width
-            for tower in ("vision", "text"):
-                said[f"{tower}_mlp_width"] = int(said[f"{tower}_width"] * said[f"{tower}_mlp_width"])
-        else:
-            said["activation"] = model.get("vision_config", {}).get("hidden_act", "quick_gelu")
-            if said["activation"] != model.get("text_config", {}).get("hidden_act", "quick_gelu"):
-                raise ValueError("its towers have different activations")
-        for field, value in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
-            said[field] = tuple(pixels.get(field, pixels.get(f"image_{field}", value)))
-        Config(**said)
-    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
-        raise ValueError(f"{source}: is no config of a CLIP that can be read: {error}") from None
-    return said, source
+def _probably(start, path):
+    """The end of an error: what a file probably is, by its first letters or its keys."""
+    for pattern, kind in _KINDS.items():
+        if re.search(pattern, f"{start}\n{path}"):
+            return f"; it is probably {kind}"
+    return ""
 
 
-class _WeightsFile:
-    """The tensors of a file in any of the known formats, looked up by our parameter names."""
+def _tensors(path, content):
+    """The weights in what a file holds, by its own keys without what wrappers put before them."""
+    for key in ("model_state_dict", "state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    common = os.path.commonprefix([*map(str, content)])
+    prefix = re.match(r"((module|model|_orig_mod)\.)*", common)[0]  # they may be stacked
+    state = {}
+    for key, tensor in content.items():
+        key = str(key).removeprefix(prefix)
+        if key.split(".")[-1] in _NO_WEIGHTS:
+            continue
+        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
+            raise ValueError(f"{path}: {key} is no tensor of weights")
+        if key.endswith("_projection.weight"):  # Hugging Face has them transposed
+            tensor = tensor.transpose(0, -1)
+        state[key] = tensor
+    return state
 
-    def __init__(self, name):
-        self.path = _find(name)
-        self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()
-        if self.sha256 != _RELEASES.get(name, self.sha256):
-            raise ValueError(f"{self.path}: SHA-256 is not that of {name}: delete the file")
-        self.content = state = read_weights(self.path)
-        for key in ("model_state_dict", "state_dict", "model"):
-            if isinstance(state.get(key), dict):
-                state = state[key]
-        self.names = "\n".join(map(str, state))
-        for part, kind in _NO_VIT.items():
-            if part in self.names:
-                raise ValueError(f"{self.path}: {kind}")
-        self.state = {}
-        for key, tensor in state.items():
-            if re.fullmatch(_IGNORED, str(key)):
-                continue
-            named_tensor = isinstance(key, str) and isinstance(tensor, torch.Tensor)
-            if not named_tensor or not tensor.is_floating_point():
-                raise ValueError(f"{self.path}: {key} is no tensor of weights")
-            if key.endswith("_projection.weight"):  # Hugging Face has them transposed
-                tensor = tensor.transpose(0, -1)
-            if key.endswith("visual.temporal_embedding") and tensor.any():
-                raise ValueError(f"{self.path}: {key} is not zero, as it should be")
-            self.state[key] = tensor
 
-        # wrappers put a prefix before all keys, and may be stacked
-        wrappers = r"((module|model|_orig_mod)\.)*"
-        self.prefix = re.match(wrappers, os.path.commonprefix([*self.state]))[0]
-        self.table = _HUGGING_FACE if "vision_model." in self.names else ""
-        if "Adapter." in self.names or "T_prompt" in self.names:
-            self.table = _OFFICIAL
-        self.said, self.config_path = _config_beside(self.path)
-        # train.py saves what it has trained and names the rest
-        self.partial = "clip_sha256" in self.content and "visual.conv1." not in self.names
-        self.adapted = self.partial or re.search("(?i)adapter|prompt", self.names) is not None
-        if not self.partial:  # before a model is made for it
-            first, = self.keys("visual.conv1.weight")
-            if first not in self.state:
-                self.refuse("missing", [first])
-
-    def keys(self, name):
-        """The file's keys of one of our parameters: Hugging Face keeps q, k and v apart."""
-        words = self.table.split()
-        for ours, theirs in zip(words[::2], words[1::2]):
+def _theirs(name, keys):
+    """The keys of one of our parameters in a file: Hugging Face keeps q, k and v apart."""
+    for ours, theirs in _WORDS.items():
+        if theirs in keys or "vision_model." in keys:
             name = name.replace(ours, theirs)
-        name = self.prefix + name
-        return [name.format(x) for x in "qkv"] if "{}" in name else [name]
+    return [name.format(x) for x in "qkv"] if "{}" in name else [name]
 
-    def settled(self):
-        """The fields of Config that the file settles: sizes, and what was trained in which way."""
-        settled = {}
-        config = self.content.get("config", self.content)
-        if "clip_sha256" in self.content and isinstance(config, dict):  # train.py's
-            for field in ("num_frames", "activation", "vision_heads", "text_heads", "mean", "std"):
-                if field in config:
-                    settled[field] = config[field]
-        for name, dim, field in _SIZES:
-            tensor = self.state.get(*self.keys(name))
-            if tensor is not None and tensor.ndim > dim:
-                settled[field] = tensor.shape[dim]
-        if "positions" in settled:  # 1 + the square of the grid
-            grid = math.isqrt(settled.pop("positions"))
-            settled["image_size"] = grid * settled.get("patch_size", Config.patch_size)
-        for tower, field in (("visual.", "vision_layers"), ("", "text_layers")):
-            key, = self.keys(f"{tower}transformer.resblocks.")
-            numbers = set(re.findall(rf"(?m)^{key}(\d+)", self.names))
-            if numbers:
-                settled[field] = len(numbers)
-        names = self.names.lower()
-        if "adapter" in names or "prompt" in names:
-            prompts = self.state.get(*self.keys("visual.transformer.temporal_prompts"), ())
-            settled["prompts"] = {0: "none", 1: "shallow"}.get(len(prompts), "deep")
-            settled["adapters"] = ".adapter." in names
-            settled["temporal_adapter"] = "_adapter." in names
-        for field, said in self.said.items():
-            if settled.get(field, said) != said:
-                raise ValueError(f"{self.config_path}: says {field} {said}, but the weights in "
-                                 f"{self.path} have {settled[field]}")
-        for tower in ("vision", "text"):
-            if settled.get(f"{tower}_mlp_width") == 4 * settled.get(f"{tower}_width", 0):
-                settled[f"{tower}_mlp_width"] = None
-        return settled
 
-    @torch.no_grad()
-    def load(self, model):
-        """Copy the tensors into `model`; ValueError lists what is missing, left or misshapen."""
-        expected = {}
-        for name, parameter in model.named_parameters():
-            keys = self.keys(name)
-            parts = parameter.chunk(3) if len(keys) == 3 else [parameter]
-            here = not self.partial
-            if is_new(name):  # which CLIP's files lack
-                here = self.adapted
-            if here:
-                expected.update(zip(keys, parts))
-        self.refuse("missing", [key for key in expected if key not in self.state])
-        known = expected.keys() | {*self.keys("visual.temporal_embedding")}
-        self.refuse("unexpected", [key for key in self.state if key not in known])
-        misshapen = []
-        for key, parameter in expected.items():
-            tensor = self.state[key]
+def _settled(said, content, state, keys, partial):
+    """The fields of Config that a file settles: sizes, and what was trained in which way.
+
+    ValueError where something else is said, by the caller or the JSON beside the file.
+    """
+    def shape(name, ndim):
+        key, = _theirs(name, keys)
+        if key not in state or state[key].ndim != ndim:
+            raise ValueError(f"does not fit a CLIP ViT, missing or misshapen: {key}")
+        return state[key].shape
+
+    settled = {}
+    if not partial:
+        settled["vision_width"], _, _, settled["patch_size"] = shape("visual.conv1.weight", 4)
+        grid = math.isqrt(shape("visual.positional_embedding", 2)[0])  # 1 + its square
+        settled["image_size"] = grid * settled["patch_size"]
+        settled["context_length"], settled["text_width"] = shape("positional_embedding", 2)
+        settled["vocab_size"], _ = shape("token_embedding.weight", 2)
+        _, settled["embed_dim"] = shape("text_projection", 2)
+        for tower, prefix in ("vision", "visual."), ("text", ""):
+            blocks, = _theirs(f"{prefix}transformer.resblocks.", keys)
+            settled[f"{tower}_layers"] = len(set(re.findall(rf"(?m)^{blocks}(\d+)", keys)))
+            mlp_width, _ = shape(f"{prefix}transformer.resblocks.0.mlp.c_fc.weight", 2)
+            if mlp_width != 4 * settled[f"{tower}_width"]:
+                settled[f"{tower}_mlp_width"] = mlp_width
+    if re.search("(?i)adapter|prompt", keys):
+        settled["prompts"] = "none"
+        settled["adapters"] = ".adapter." in keys.lower()
+        settled["temporal_adapter"] = "_adapter." in keys.lower()
+    embedding = state.pop("visual.temporal_embedding", None)
+    if embedding is not None:
+        if embedding.any():
+            raise ValueError("visual.temporal_embedding is not zero, as it should be")
+        _, settled["num_frames"], _ = embedding.shape
+    if re.search("(?i)prompt", keys):
+        rows, settled["num_frames"], _ = shape("visual.transformer.temporal_prompts", 3)
+        settled["prompts"] = "shallow" if rows == 1 else "deep"
+    if "clip_sha256" in content:  # train.py's
+        config = content.get("config", content)
+        for field in ("num_frames", "activation", "vision_heads", "text_heads", "mean", "std"):
+            if field in config:
+                settled[field] = config[field]
+
+    for field, value in said.items():
+        if settled.get(field, value) != value:
+            raise ValueError(f"has {field} {settled[field]!r}, not {value!r} as asked for or as the "
+                             "JSON beside it says")
+    width = settled.get("vision_width", 0)
+    if width > 1024 and not (said | settled).get("vision_heads"):
+        raise ValueError(f"no weight tells how many heads a vision width of {width} has: give "
+                         "vision_heads (--vision-heads), or put its config.json beside it")
+    return settled
+
+
+@torch.no_grad()
+def _copy(state, keys, model, partial):
+    """Move the tensors into `model`; ValueError lists what is missing, misshapen or left over."""
+    problems = []
+    for name, parameter in model.named_parameters():
+        here = model.weights_adapted if is_new(name) else not partial
+        found = _theirs(name, keys) if here else []
+        parts = parameter.chunk(3) if len(found) == 3 else [parameter]
+        for key, part in zip(found, parts):
+            if key not in state:
+                problems.append(f"missing: {key}")
+                continue
+            tensor = state.pop(key)
             if "prompt" in key and tensor.ndim == 3:
                 over_time = tensor.float().mT  # (layers, D, T)
-                tensor = F.interpolate(over_time, parameter.shape[1], mode="linear").mT
-            if tensor.shape == parameter.shape:
-                parameter.copy_(tensor)
+                tensor = F.interpolate(over_time, part.shape[1], mode="linear").mT
+            if tensor.shape == part.shape:
+                part.copy_(tensor)
             else:
-                misshapen.append(f"{key} {[*tensor.shape]}, not {[*parameter.shape]}")
-        self.refuse("misshapen", misshapen)
+                problems.append(f"misshapen: {key} {[*tensor.shape]}, not {[*part.shape]}")
+    problems += [f"unexpected: {key}" for key in state]
+    if problems:
+        first = ", ".join(problems[:8])
+        raise ValueError(f"does not fit a CLIP ViT, {len(problems)} of its keys: {first}")
 
-    def refuse(self, problem, keys):
-        """ValueError for keys, if there are any, which says what the file may be."""
-        if keys:
-            kind = "does not fit a CLIP ViT"
-            if re.search(r"-of-\d+\.", self.path.name):
-                kind = "is one of the several files of a model"
-            more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-            raise ValueError(f"{self.path}: {kind}, {problem}: {', '.join(keys[:8])}{more}")
+
+def _config_beside(path):
+    """What Hugging Face's or open_clip's JSON beside a weights file says of its model, as fields of
+    Config; {} without one."""
+    def read(*names):
+        for file in map(path.with_name, names):
+            if file.is_file():
+                return json.loads(file.read_text("utf-8"))
+        return {}
+
+    try:
+        content = read("open_clip_config.json", "config.json")
+        model = content.get("model_cfg", content)
+        if model is content and "vision_config" not in model and model.get("model_type") != "clip":
+            return {}  # none, or somebody else's
+        said = {"embed_dim": model.get("embed_dim", model.get("projection_dim", 512))}
+        activation = "quick_gelu" if model.get("quick_gelu", model is content) else "gelu"
+        activations = set()
+        for tower, heads in ("vision", 12), ("text", 8):  # Hugging Face's, where they are left out
+            part = model.get(f"{tower}_cfg", model.get(f"{tower}_config", {}))
+            if "width" in part:  # open_clip's
+                heads = part["width"] // part.get("head_width", 64)
+            said[f"{tower}_heads"] = heads
+            activations.add(part.get("hidden_act", activation))
+            for key, value in part.items():
+                if key in _JSON:
+                    said[_JSON[key].format(tower)] = value
+                if value and value not in _PLAIN.get(key, [value]):
+                    raise ValueError(f"the {tower} tower has {key} {value!r}, which no code is for")
+        said["activation"], *others = activations
+        if others:
+            raise ValueError("its towers have different activations")
+        pixels = read("preprocessor_config.json", "processor_config.json")
+        pixels = content.get("preprocess_cfg", pixels.get("image_processor", pixels))
+        for field, value in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
+            said[field] = tuple(pixels.get(field, pixels.get(f"image_{field}", value)))
+    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        raise ValueError("open_clip_config.json or config.json: is no config of a CLIP that can be "
+                         f"read: {error}") from None
+    return said
 
 
 def read_weights(path):
@@ -773,23 +741,20 @@ def read_weights(path):
             content = torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # there is no bound to what a hostile file makes a reader raise
         reason = f"{type(error).__name__} {error}".split(". ")[0].split("\n")[0]
-        start = head.lstrip(b"\xef\xbb\xbf \r\n\t")
-        for letters, kind in _NO_WEIGHTS.items():
-            if start.startswith(letters):
-                reason = kind
-        raise ValueError(f"{path}: cannot be read as weights: {reason}") from None
+        kind = _probably(head.decode("utf-8-sig", "replace"), path)
+        raise ValueError(f"{path}: cannot be read as weights: {reason}{kind}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is no dict of names and tensors")
     return content
 
 
 def _read_zip(path):
-    """What torch.save or torch.jit.save wrote: a pickle, and a file for the storage of each tensor."""
+    """What torch.save or torch.jit.save wrote: a pickle, and a file for each storage of tensors."""
     with zipfile.ZipFile(path) as archive:  # whose read() compares checksums
-        found = [name for name in archive.namelist() if re.fullmatch("[^/]+/data.pkl", name)]
-        if len(found) != 1:
-            raise ValueError("it is a zip, but none of PyTorch's")
-        return _Unpickler(archive, found[0]).load()
+        folder = archive.namelist()[0].split("/")[0]
+        unpickler = _Unpickler(io.BytesIO(archive.read(f"{folder}/data.pkl")))
+        unpickler.read = functools.cache(lambda key: bytearray(archive.read(f"{folder}/{key}")))
+        return unpickler.load()
 
 
 class _Unpickler(pickle.Unpickler):
@@ -803,25 +768,15 @@ class _Unpickler(pickle.Unpickler):
         "ShortStorage": torch.short, "CharStorage": torch.int8, "ByteStorage": torch.uint8,
         "BoolStorage": torch.bool}
 
-    def __init__(self, archive, name):
-        super().__init__(io.BytesIO(archive.read(name)))
-        self.archive = archive
-        self.folder = name.removesuffix("data.pkl") + "data/"
-        self.storages = {}  # which tensors may share
-
     def find_class(self, module, name):
         return self.names.get(name, _Shell)
 
     def persistent_load(self, pid):
         _, dtype, key, _, numel = pid[:5]
-        if key not in self.storages:
-            stored = bytearray(self.archive.read(self.folder + key))
-            if len(stored) != numel * dtype.itemsize:
-                raise ValueError(f"storage {key} has another size than its tensors say")
-            self.storages[key] = torch.tensor([], dtype=dtype)
-            if stored:
-                self.storages[key] = torch.frombuffer(stored, dtype=dtype)
-        return self.storages[key]
+        stored = self.read(f"data/{key}")  # once, for all the tensors that share it
+        if len(stored) != numel * dtype.itemsize:
+            raise ValueError(f"storage {key} has another size than its tensors say")
+        return torch.frombuffer(stored, dtype=dtype) if stored else torch.tensor([], dtype=dtype)
 
 
 class _Shell(dict):

@@ -556,8 +556,8 @@ def test_what_no_weight_tells_is_said_or_asked_for(tmp_path):
     loaded = EZCLIP.from_pretrained(tmp_path).config
     assert loaded.vision_heads == 8 and loaded.std == (1, 1, 1)
     for changes, word in (
-            (dict(vision_config={**vision, "hidden_size": 64}), "vision_width 64, but .* have 128"),
-            (dict(projection_dim=8), "says embed_dim 8"), (dict(text_config={}), "activations"),
+            (dict(vision_config={**vision, "hidden_size": 64}), "has vision_width 128, not 64 as .* JSON"),
+            (dict(projection_dim=8), "has embed_dim 32, not 8 as"), (dict(text_config={}), "activations"),
             (dict(vision_config={**vision, "layer_norm_eps": 1e-6}), "layer_norm_eps 1e-06"),
             (dict(vision_config={**vision, "num_attention_heads": "4"}), "vision_heads"),
             (dict(vision_config={**vision, "num_attention_heads": 3}), "no multiple of its 3"),
