@@ -409,7 +409,7 @@ class EZCLIP(nn.Module):
             if num_frames is not None:
                 settings["num_frames"] = num_frames
             if partial:
-                clip = clip or content["clip"]
+                clip = clip or content.get("clip")
                 model = cls.from_pretrained(clip, **settings)
                 if model.weights_sha256 != content["clip_sha256"]:
                     raise ValueError(f"was trained on another CLIP than {clip}")
@@ -631,24 +631,23 @@ def _settled(said, content, state, keys, partial):
         settled["prompts"] = "none"
         settled["adapters"] = ".adapter." in keys.lower()
         settled["temporal_adapter"] = "_adapter." in keys.lower()
-    embedding = state.pop("visual.temporal_embedding", None)
-    if embedding is not None:
-        if embedding.any():
+    if "visual.temporal_embedding" in state:  # it is zero in every official checkpoint
+        _, settled["num_frames"], _ = shape("visual.temporal_embedding", 3)
+        if state.pop("visual.temporal_embedding").any():
             raise ValueError("visual.temporal_embedding is not zero, as it should be")
-        _, settled["num_frames"], _ = embedding.shape
     if re.search("(?i)prompt", keys):
         rows, settled["num_frames"], _ = shape("visual.transformer.temporal_prompts", 3)
         settled["prompts"] = "shallow" if rows == 1 else "deep"
-    if "clip_sha256" in content:  # train.py's
-        config = content.get("config", content)
+    config = content.get("config", content)
+    if "clip_sha256" in content and isinstance(config, dict):  # train.py's
         for field in ("num_frames", "activation", "vision_heads", "text_heads", "mean", "std"):
             if field in config:
                 settled[field] = config[field]
 
     for field, value in said.items():
         if settled.get(field, value) != value:
-            raise ValueError(f"has {field} {settled[field]!r}, not {value!r} as asked for or as the "
-                             "JSON beside it says")
+            raise ValueError(
+                f"has {field} {settled[field]!r}, not {value!r} as asked for or as its JSON says")
     width = settled.get("vision_width", 0)
     if width > 1024 and not (said | settled).get("vision_heads"):
         raise ValueError(f"no weight tells how many heads a vision width of {width} has: give "
@@ -661,8 +660,10 @@ def _copy(state, keys, model, partial):
     """Move the tensors into `model`; ValueError lists what is missing, misshapen or left over."""
     problems = []
     for name, parameter in model.named_parameters():
-        here = model.weights_adapted if is_new(name) else not partial
-        found = _theirs(name, keys) if here else []
+        wanted = model.weights_adapted if is_new(name) else not partial
+        if not wanted:  # CLIP's files lack what is new, and train.py's what is CLIP's
+            continue
+        found = _theirs(name, keys)
         parts = parameter.chunk(3) if len(found) == 3 else [parameter]
         for key, part in zip(found, parts):
             if key not in state:
@@ -699,10 +700,8 @@ def _config_beside(path):
         said = {"embed_dim": model.get("embed_dim", model.get("projection_dim", 512))}
         activation = "quick_gelu" if model.get("quick_gelu", model is content) else "gelu"
         activations = set()
-        for tower, heads in ("vision", 12), ("text", 8):  # Hugging Face's, where they are left out
+        for tower, heads in ("vision", 12), ("text", 8):  # where they are left out
             part = model.get(f"{tower}_cfg", model.get(f"{tower}_config", {}))
-            if "width" in part:  # open_clip's
-                heads = part["width"] // part.get("head_width", 64)
             said[f"{tower}_heads"] = heads
             activations.add(part.get("hidden_act", activation))
             for key, value in part.items():
@@ -710,6 +709,9 @@ def _config_beside(path):
                     said[_JSON[key].format(tower)] = value
                 if value and value not in _PLAIN.get(key, [value]):
                     raise ValueError(f"the {tower} tower has {key} {value!r}, which no code is for")
+        if "vision_cfg" in model:  # open_clip has the width of a head
+            head_width = model["vision_cfg"].get("head_width", 64)
+            said["vision_heads"] = said["vision_width"] // head_width
         said["activation"], *others = activations
         if others:
             raise ValueError("its towers have different activations")
@@ -717,7 +719,7 @@ def _config_beside(path):
         pixels = content.get("preprocess_cfg", pixels.get("image_processor", pixels))
         for field, value in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
             said[field] = tuple(pixels.get(field, pixels.get(f"image_{field}", value)))
-    except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError, ZeroDivisionError) as error:
         raise ValueError("open_clip_config.json or config.json: is no config of a CLIP that can be "
                          f"read: {error}") from None
     return said
