@@ -635,7 +635,7 @@ def _settled(said, content, state, keys, partial):
         _, settled["num_frames"], _ = shape("visual.temporal_embedding", 3)
         if state.pop("visual.temporal_embedding").any():
             raise ValueError("visual.temporal_embedding is not zero, as it should be")
-    if re.search("(?i)prompt", keys):
+    if re.search("T_prompt|temporal_prompts", keys):
         rows, settled["num_frames"], _ = shape("visual.transformer.temporal_prompts", 3)
         settled["prompts"] = "shallow" if rows == 1 else "deep"
     config = content.get("config", content)
@@ -680,7 +680,7 @@ def _copy(state, keys, model, partial):
     problems += [f"unexpected: {key}" for key in state]
     if problems:
         first = ", ".join(problems[:8])
-        raise ValueError(f"does not fit a CLIP ViT, {len(problems)} of its keys: {first}")
+        raise ValueError(f"does not fit a CLIP ViT in {len(problems)} keys: {first}")
 
 
 def _config_beside(path):
@@ -698,6 +698,7 @@ def _config_beside(path):
         if model is content and "vision_config" not in model and model.get("model_type") != "clip":
             return {}  # none, or somebody else's
         said = {"embed_dim": model.get("embed_dim", model.get("projection_dim", 512))}
+        # Hugging Face's towers have QuickGELU unless they say otherwise, open_clip's the other way
         activation = "quick_gelu" if model.get("quick_gelu", model is content) else "gelu"
         activations = set()
         for tower, heads in ("vision", 12), ("text", 8):  # where they are left out
