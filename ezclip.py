@@ -405,6 +405,7 @@ class EZCLIP(nn.Module):
         try:
             said = _config_beside(path) | config_overrides
             settled = _settled(said, content, state, keys, partial)
+            adapted = partial or "prompts" in settled
             settings = said | settled
             if num_frames is not None:
                 settings["num_frames"] = num_frames
@@ -418,12 +419,12 @@ class EZCLIP(nn.Module):
             else:
                 model = cls(Config(**settings))
                 model.weights_path, model.weights_sha256 = name, sha256
-                known = sha256 in _RELEASES.values() or "T_prompt" in keys or "D_fc1" in keys
+                known = adapted or sha256 in _RELEASES.values()
                 if model.config.activation is None and not known:
                     warnings.warn(f"{path}: does not say its activation, QuickGELU is taken; "
                                   'activation="gelu" (--activation gelu) is that of open_clip\'s '
                                   "models not named -quickgelu")
-            model.weights_adapted = partial or "prompts" in settled
+            model.weights_adapted = adapted
             _copy(state, keys, model, partial)
         except OSError as error:
             raise ValueError(f"{path}: {error}; `clip` (--clip) says where its CLIP is") from None
