@@ -534,10 +534,15 @@ _WORDS = {
 }
 # What JSON calls the fields of a tower: Hugging Face's words, open_clip's, and those of both.
 _JSON = {"hidden_size": "{}_width", "num_hidden_layers": "{}_layers",
-         "num_attention_heads": "{}_heads", "max_position_embeddings": "context_length",
+         "num_attention_heads": "{}_heads", "intermediate_size": "{}_mlp_width",
+         "max_position_embeddings": "context_length",
          "width": "{}_width", "layers": "{}_layers", "heads": "{}_heads",
          "context_length": "context_length", "vocab_size": "vocab_size",
          "patch_size": "patch_size", "image_size": "image_size"}
+_DEFAULTS = dict(  # what Hugging Face leaves out
+    vision_width=768, vision_layers=12, vision_heads=12, vision_mlp_width=3072, patch_size=32,
+    image_size=224, text_width=512, text_layers=12, text_heads=8, text_mlp_width=2048,
+    context_length=77, vocab_size=49408)
 # What no weight tells either, and the values, beside none, that there is code for.
 _PLAIN = {"layer_norm_eps": [1e-5], "pool_type": ["tok", "argmax"], "no_causal_mask": [],
           "act_kwargs": [], "norm_kwargs": []}
@@ -698,22 +703,23 @@ def _config_beside(path):
         model = content.get("model_cfg", content)
         if model is content and "vision_config" not in model and model.get("model_type") != "clip":
             return {}  # none, or somebody else's
-        said = {"embed_dim": model.get("embed_dim", model.get("projection_dim", 512))}
+        said = {"text_heads": 8} if "model_cfg" in content else dict(_DEFAULTS)
+        said["embed_dim"] = model.get("embed_dim", model.get("projection_dim", 512))
         # Hugging Face's towers have QuickGELU unless they say otherwise, open_clip's the other way
         activation = "quick_gelu" if model.get("quick_gelu", model is content) else "gelu"
         activations = set()
-        for tower, heads in ("vision", 12), ("text", 8):  # where they are left out
+        for tower in ("vision", "text"):
             part = model.get(f"{tower}_cfg", model.get(f"{tower}_config", {}))
-            said[f"{tower}_heads"] = heads
             activations.add(part.get("hidden_act", activation))
             for key, value in part.items():
                 if key in _JSON:
                     said[_JSON[key].format(tower)] = value
                 if value and value not in _PLAIN.get(key, [value]):
                     raise ValueError(f"the {tower} tower has {key} {value!r}, which no code is for")
-        if "vision_cfg" in model:  # open_clip has the width of a head
-            head_width = model["vision_cfg"].get("head_width", 64)
-            said["vision_heads"] = said["vision_width"] // head_width
+            if "model_cfg" in content:  # open_clip, which has ratios of widths
+                width = part["width"]
+                said[f"{tower}_mlp_width"] = int(width * part.get("mlp_ratio", 4))
+                said.setdefault(f"{tower}_heads", width // part.get("head_width", 64))
         said["activation"], *others = activations
         if others:
             raise ValueError("its towers have different activations")
