@@ -652,8 +652,8 @@ def _settled(said, content, state, keys, partial):
 
     for field, value in said.items():
         if settled.get(field, value) != value:
-            raise ValueError(
-                f"has {field} {settled[field]!r}, not {value!r} as asked for or as its JSON says")
+            raise ValueError(f"has {field} {settled[field]!r}, not {value!r} as asked for or as the "
+                             "JSON beside it says")
     width = settled.get("vision_width", 0)
     if width > 1024 and not (said | settled).get("vision_heads"):
         raise ValueError(f"no weight tells how many heads a vision width of {width} has: give "

@@ -556,7 +556,7 @@ def test_what_no_weight_tells_is_said_or_asked_for(tmp_path):
     loaded = EZCLIP.from_pretrained(tmp_path).config
     assert loaded.vision_heads == 8 and loaded.std == (1, 1, 1)
     for changes, word in (
-            (dict(vision_config={**vision, "hidden_size": 64}), "has vision_width 128, not 64 as .* JSON"),
+            (dict(vision_config={**vision, "hidden_size": 64}), "has vision_width 128, not 64 as"),
             (dict(projection_dim=8), "has embed_dim 32, not 8 as"), (dict(text_config={}), "activations"),
             (dict(vision_config={**vision, "layer_norm_eps": 1e-6}), "layer_norm_eps 1e-06"),
             (dict(vision_config={**vision, "num_attention_heads": "4"}), "vision_heads"),
@@ -1357,7 +1357,8 @@ def in_processes(world_size, work, *arguments):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size),
                           LOCAL_WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
-        torch.cuda.device_count = lambda: 0  # what is forked cannot use a GPU, and needs none
+        # what is forked cannot use a GPU, and needs none
+        torch.cuda.is_available, torch.cuda.device_count = (lambda: False), (lambda: 0)
         work(*arguments)
 
     fork = multiprocessing.get_context("fork")

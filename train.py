@@ -69,9 +69,10 @@ def torchrun():
     if "RANK" not in os.environ:
         yield
         return
-    if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
-    enough = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
+    gpus = torch.cuda.device_count()
+    if gpus:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+    enough = gpus >= int(os.environ["LOCAL_WORLD_SIZE"])
     dist.init_process_group("cpu:gloo,cuda:nccl" if enough else "gloo")
     if rank():
         sys.stdout = open(os.devnull, "w")
