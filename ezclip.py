@@ -126,7 +126,7 @@ class Attention(nn.Module):
         self.causal = causal
 
     def forward(self, queries, tokens):
-        """The queries (N, Q, D) look at the tokens (N, L, D): -> (N, Q, D)."""
+        """The queries (N, Q, D) look at the tokens (N, L, D): -> (N, Q, D). causal needs Q = L."""
         D = queries.shape[-1]
         weight, bias = self.in_proj_weight, self.in_proj_bias
         q = F.linear(queries, weight[:D], bias[:D])
@@ -171,18 +171,14 @@ class Block(nn.Module):
     def forward(self, x, num_frames, prompt=None, keep=None):
         """x: (B*T, L, D), the frames of a video adjacent (texts: T = 1); prompt: (T, D) or None.
 
-        -> (B*T, L, D), or with `keep` (B*T, keep, D): only the first tokens go on.
+        -> (B*T, L, D), or with `keep` (B*T, keep, D): only the first tokens go on (None: all).
         """
         BT, L, D = x.shape
         T = num_frames
         B = BT // T
 
-        # the ablation's temporal adapter: attention over the frames at each token's place
         if self.temporal_adapter is not None:
-            y = self.ln_1(x).view(B, T, L, D).transpose(1, 2).reshape(B * L, T, D)
-            y = self.temporal_adapter(self.attn(y, y))
-            y = y.view(B, L, T, D).transpose(1, 2).reshape(BT, L, D)
-            x = x + self.drop_path(y, B)
+            x = x + self.drop_path(self.across_frames(x, T), B)
 
         # z = MHA(LN_1(P + mean(x))) over the frames: what the other frames show, for each frame
         tokens = self.ln_1(x)
@@ -192,13 +188,21 @@ class Block(nn.Module):
             z = self.drop_path(self.attn(z, z), B)  # (B, T, D), no skip connection
             tokens = torch.cat([tokens, self.ln_1(z).view(BT, 1, D)], dim=1)  # (B*T, L+1, D)
 
-        # x <- x + MHA(LN_1([x; z])), which asks for x only: z is one more token to look at
+        # x <- x + MHA(LN_1([x; z])), with queries of x only: z is one more key and value
         x = x[:, :keep] + self.drop_path(self.attn(queries, tokens), B)
 
         # x <- x + adapter(x), then CLIP's MLP
         if self.adapter is not None:
             x = x + self.adapter(x)
         return x + self.drop_path(self.mlp(self.ln_2(x)), B)
+
+    def across_frames(self, x, T):
+        """The ablation's temporal adapter, on attention over the frames at each token's place."""
+        BT, L, D = x.shape
+        B = BT // T
+        y = self.ln_1(x).view(B, T, L, D).transpose(1, 2).reshape(B * L, T, D)
+        y = self.temporal_adapter(self.attn(y, y))
+        return y.view(B, L, T, D).transpose(1, 2).reshape(BT, L, D)
 
     def drop_path(self, branch, num_clips):
         """Stochastic depth: drop the branch of a whole clip, all of its frames together."""
@@ -222,9 +226,9 @@ class Transformer(nn.Module):
             self.resblocks.append(Block(width, heads, mlp_width, config, causal, depth))
         self.temporal_prompts = None
         if prompts != "none":
-            v = math.sqrt(6 / (3 * 16 * 16 + width))
+            bound = math.sqrt(6 / (3 * 16 * 16 + width))  # the official code's, for any patch size
             rows = layers if prompts == "deep" else 1
-            values = torch.empty(rows, config.num_frames, width).uniform_(-v, v)
+            values = torch.empty(rows, config.num_frames, width).uniform_(-bound, bound)
             self.temporal_prompts = nn.Parameter(values)
         self.prompt_dropout = config.prompt_dropout
         self.recompute = config.recompute
@@ -287,7 +291,7 @@ class EZCLIP(nn.Module):
         self.visual = VisionTransformer(config)
         self.transformer = Transformer(width, config.text_layers, config.text_heads,
                                        config.text_mlp_width, config, causal=True)
-        self.token_embedding = nn.Embedding.from_pretrained(
+        self.token_embedding = nn.Embedding.from_pretrained(  # without 25 million draws
             torch.empty(config.vocab_size, width), freeze=False)
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length, width))
         self.ln_final = nn.LayerNorm(width)
@@ -296,7 +300,7 @@ class EZCLIP(nn.Module):
         self.initialise()
 
     def initialise(self):
-        """CLIP's initialisation; the new modules have initialised themselves."""
+        """CLIP's scales, in both towers. Biases and new modules have initialised themselves."""
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=self.config.text_width**-0.5)
@@ -305,11 +309,12 @@ class EZCLIP(nn.Module):
             nn.init.normal_(parameter, std=self.config.vision_width**-0.5)
         for tower in (visual.transformer, self.transformer):
             for block in tower.resblocks:
-                width, depth = block.ln_1.weight.numel(), 2 * len(tower.resblocks)
+                width = block.ln_1.weight.numel()
+                branches = 2 * len(tower.resblocks)
                 nn.init.normal_(block.attn.in_proj_weight, std=width**-0.5)
-                nn.init.normal_(block.attn.out_proj.weight, std=(width * depth) ** -0.5)
+                nn.init.normal_(block.attn.out_proj.weight, std=(width * branches) ** -0.5)
                 nn.init.normal_(block.mlp.c_fc.weight, std=(2 * width) ** -0.5)
-                nn.init.normal_(block.mlp.c_proj.weight, std=(width * depth) ** -0.5)
+                nn.init.normal_(block.mlp.c_proj.weight, std=(width * branches) ** -0.5)
 
     def encode_frames(self, video):
         """Features of every frame, not normalised: (B, T, 3, S, S) -> (B, T, E).
@@ -342,9 +347,9 @@ class EZCLIP(nn.Module):
     def encode_text(self, tokens, end=None):
         """Features at the end-of-text token: (N, L) integers -> (N, E).
 
-        end: (N,), the positions of these tokens; by default those of the largest ids, as CLIP's
-        tokenizer has it. What stands behind them changes nothing, L may be that of the longest
-        text; one of more than context_length tokens is a ValueError.
+        end: (N,), the positions of the end-of-text tokens; by default those of the largest ids, as
+        CLIP has it. Padding behind them changes nothing, so that L may be that of the longest text;
+        L > context_length is a ValueError.
         """
         N, L = tokens.shape
         if end is None:
@@ -372,7 +377,8 @@ class EZCLIP(nn.Module):
         count = 0
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(is_new(name))
-            count += parameter.numel() * parameter.requires_grad
+            if parameter.requires_grad:
+                count += parameter.numel()
         return count
 
     @classmethod
@@ -395,16 +401,16 @@ class EZCLIP(nn.Module):
         name = str(name_or_path)
         path = _find(name)
         sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-        if sha256 != _RELEASES.get(name, sha256):
+        if name in _RELEASES and sha256 != _RELEASES[name]:
             raise ValueError(f"{path}: SHA-256 is not that of {name}: delete the file")
         content = read_weights(path)
         state = _tensors(path, content)
-        keys = "\n".join(state)
+        all_keys = "\n".join(state)  # to be searched
         # train.py saves what it has trained, and names the rest
-        partial = "clip_sha256" in content and "visual.conv1." not in keys
+        partial = "clip_sha256" in content and "visual.conv1." not in all_keys
         try:
             said = _config_beside(path) | config_overrides
-            settled = _settled(said, content, state, keys, partial)
+            settled = _settle(said, content, state, all_keys, partial)
             adapted = partial or "prompts" in settled
             settings = said | settled
             if num_frames is not None:
@@ -425,15 +431,18 @@ class EZCLIP(nn.Module):
                                   'activation="gelu" (--activation gelu) is that of open_clip\'s '
                                   "models not named -quickgelu")
             model.weights_adapted = adapted
-            _copy(state, keys, model, partial)
+            _copy(state, all_keys, model, partial)
         except OSError as error:
+            if not partial:
+                raise
             raise ValueError(f"{path}: {error}; `clip` (--clip) says where its CLIP is") from None
         except (ValueError, RuntimeError) as error:  # the second: sizes beyond the memory
-            raise ValueError(f"{path}: {error}{_probably(keys, path)}") from None
+            raise ValueError(f"{path}: {error}{_hint(all_keys, path)}") from None
         return model.eval()
 
 
-# What the names of CLIP's parameters consist of, beside the numbers of layers.
+# What the names of CLIP's parameters consist of, beside the numbers of layers. A parameter of no
+# other words counts as CLIP's: it is frozen, and not saved.
 _CLIP_WORDS = set("""
     visual transformer resblocks attn in_proj_weight in_proj_bias out_proj mlp c_fc c_proj
     ln_1 ln_2 ln_pre ln_post ln_final conv1 class_embedding token_embedding positional_embedding
@@ -510,7 +519,7 @@ _NO_WEIGHTS = ("input_resolution", "context_length", "vocab_size", "attn_mask", 
                "num_batches_tracked")
 # Our words in names of parameters, and those of the official code and of Hugging Face. They are
 # replaced in this order where a file has them: so errors name a file's own keys.
-_WORDS = {
+_OTHER_NAMES = {
     "temporal_adapter.fc": "T_Adapter.D_fc",
     "adapter.fc": "Adapter.D_fc",
     "temporal_prompts": "T_prompt_embeddings",
@@ -544,8 +553,8 @@ _DEFAULTS = dict(  # what Hugging Face leaves out
     image_size=224, text_width=512, text_layers=12, text_heads=8, text_mlp_width=2048,
     context_length=77, vocab_size=49408)
 # What no weight tells either, and the values, beside none, that there is code for.
-_PLAIN = {"layer_norm_eps": [1e-5], "pool_type": ["tok", "argmax"], "no_causal_mask": [],
-          "act_kwargs": [], "norm_kwargs": []}
+_SUPPORTED = {"layer_norm_eps": [1e-5], "pool_type": ["tok", "argmax"], "no_causal_mask": [],
+              "act_kwargs": [], "norm_kwargs": []}
 
 
 def _find(name):
@@ -572,7 +581,7 @@ def _find(name):
     return path
 
 
-def _probably(start, path):
+def _hint(start, path):
     """The end of an error: what a file probably is, by its first letters or its keys."""
     for pattern, kind in _KINDS.items():
         if re.search(pattern, f"{start}\n{path}"):
@@ -581,7 +590,7 @@ def _probably(start, path):
 
 
 def _tensors(path, content):
-    """The weights in what a file holds, by its own keys without what wrappers put before them."""
+    """{key: tensor} of what a file holds, the keys without the prefixes of wrappers, as module."""
     for key in ("model_state_dict", "state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
@@ -600,21 +609,22 @@ def _tensors(path, content):
     return state
 
 
-def _theirs(name, keys):
-    """The keys of one of our parameters in a file: Hugging Face keeps q, k and v apart."""
-    for ours, theirs in _WORDS.items():
-        if theirs in keys or "vision_model." in keys:
+def _file_keys(name, all_keys):
+    """The keys of one of our parameters in a file: of Hugging Face's, q, k and v lie apart."""
+    for ours, theirs in _OTHER_NAMES.items():
+        if theirs in all_keys or "vision_model." in all_keys:
             name = name.replace(ours, theirs)
     return [name.format(x) for x in "qkv"] if "{}" in name else [name]
 
 
-def _settled(said, content, state, keys, partial):
-    """The fields of Config that a file settles: sizes, and what was trained in which way.
+def _settle(said, content, state, all_keys, partial):
+    """The fields of Config that a file settles: sizes, and what was trained in which way. Takes an
+    empty temporal_embedding out of `state`.
 
-    ValueError where something else is said, by the caller or the JSON beside the file.
+    ValueError where something else is `said`, by the caller or the JSON beside the file.
     """
     def shape(name, ndim):
-        key, = _theirs(name, keys)
+        key, = _file_keys(name, all_keys)
         if key not in state or state[key].ndim != ndim:
             raise ValueError(f"does not fit a CLIP ViT, missing or misshapen: {key}")
         return state[key].shape
@@ -628,20 +638,20 @@ def _settled(said, content, state, keys, partial):
         settled["vocab_size"], _ = shape("token_embedding.weight", 2)
         _, settled["embed_dim"] = shape("text_projection", 2)
         for tower, prefix in ("vision", "visual."), ("text", ""):
-            blocks, = _theirs(f"{prefix}transformer.resblocks.", keys)
-            settled[f"{tower}_layers"] = len(set(re.findall(rf"(?m)^{blocks}(\d+)", keys)))
+            blocks, = _file_keys(f"{prefix}transformer.resblocks.", all_keys)
+            settled[f"{tower}_layers"] = len(set(re.findall(rf"(?m)^{blocks}(\d+)", all_keys)))
             mlp_width, _ = shape(f"{prefix}transformer.resblocks.0.mlp.c_fc.weight", 2)
             if mlp_width != 4 * settled[f"{tower}_width"]:
                 settled[f"{tower}_mlp_width"] = mlp_width
-    if re.search("(?i)adapter|prompt", keys):
+    if re.search("(?i)adapter|prompt", all_keys):
         settled["prompts"] = "none"
-        settled["adapters"] = ".adapter." in keys.lower()
-        settled["temporal_adapter"] = "_adapter." in keys.lower()
+        settled["adapters"] = ".adapter." in all_keys.lower()
+        settled["temporal_adapter"] = "_adapter." in all_keys.lower()
     if "visual.temporal_embedding" in state:  # it is zero in every official checkpoint
         _, settled["num_frames"], _ = shape("visual.temporal_embedding", 3)
         if state.pop("visual.temporal_embedding").any():
             raise ValueError("visual.temporal_embedding is not zero, as it should be")
-    if re.search("T_prompt|temporal_prompts", keys):
+    if re.search("T_prompt|temporal_prompts", all_keys):
         rows, settled["num_frames"], _ = shape("visual.transformer.temporal_prompts", 3)
         settled["prompts"] = "shallow" if rows == 1 else "deep"
     config = content.get("config", content)
@@ -652,8 +662,8 @@ def _settled(said, content, state, keys, partial):
 
     for field, value in said.items():
         if settled.get(field, value) != value:
-            raise ValueError(f"has {field} {settled[field]!r}, not {value!r} as asked for or as the "
-                             "JSON beside it says")
+            raise ValueError(f"has {field} {settled[field]!r}, not {value!r} as asked for or as "
+                             "the JSON beside it says")
     width = settled.get("vision_width", 0)
     if width > 1024 and not (said | settled).get("vision_heads"):
         raise ValueError(f"no weight tells how many heads a vision width of {width} has: give "
@@ -662,14 +672,14 @@ def _settled(said, content, state, keys, partial):
 
 
 @torch.no_grad()
-def _copy(state, keys, model, partial):
+def _copy(state, all_keys, model, partial):
     """Move the tensors into `model`; ValueError lists what is missing, misshapen or left over."""
     problems = []
     for name, parameter in model.named_parameters():
         wanted = model.weights_adapted if is_new(name) else not partial
         if not wanted:  # CLIP's files lack what is new, and train.py's what is CLIP's
             continue
-        found = _theirs(name, keys)
+        found = _file_keys(name, all_keys)
         parts = parameter.chunk(3) if len(found) == 3 else [parameter]
         for key, part in zip(found, parts):
             if key not in state:
@@ -703,7 +713,7 @@ def _config_beside(path):
         model = content.get("model_cfg", content)
         if model is content and "vision_config" not in model and model.get("model_type") != "clip":
             return {}  # none, or somebody else's
-        said = {"text_heads": 8} if "model_cfg" in content else dict(_DEFAULTS)
+        said = {"text_heads": 8} if "model_cfg" in content else dict(_DEFAULTS)  # without a word
         said["embed_dim"] = model.get("embed_dim", model.get("projection_dim", 512))
         # Hugging Face's towers have QuickGELU unless they say otherwise, open_clip's the other way
         activation = "quick_gelu" if model.get("quick_gelu", model is content) else "gelu"
@@ -714,15 +724,15 @@ def _config_beside(path):
             for key, value in part.items():
                 if key in _JSON:
                     said[_JSON[key].format(tower)] = value
-                if value and value not in _PLAIN.get(key, [value]):
+                if key in _SUPPORTED and value and value not in _SUPPORTED[key]:
                     raise ValueError(f"the {tower} tower has {key} {value!r}, which no code is for")
             if "model_cfg" in content:  # open_clip, which has ratios of widths
                 width = part["width"]
                 said[f"{tower}_mlp_width"] = int(width * part.get("mlp_ratio", 4))
                 said.setdefault(f"{tower}_heads", width // part.get("head_width", 64))
-        said["activation"], *others = activations
-        if others:
+        if len(activations) > 1:
             raise ValueError("its towers have different activations")
+        said["activation"] = activations.pop()
         pixels = read("preprocessor_config.json", "processor_config.json")
         pixels = content.get("preprocess_cfg", pixels.get("image_processor", pixels))
         for field, value in (("mean", CLIP_MEAN), ("std", CLIP_STD)):
@@ -751,7 +761,7 @@ def read_weights(path):
             content = torch.load(path, "cpu", weights_only=True)
     except Exception as error:  # there is no bound to what a hostile file makes a reader raise
         reason = f"{type(error).__name__} {error}".split(". ")[0].split("\n")[0]
-        kind = _probably(head.decode("utf-8-sig", "replace"), path)
+        kind = _hint(head.decode("utf-8-sig", "replace"), path)
         raise ValueError(f"{path}: cannot be read as weights: {reason}{kind}") from None
     if not isinstance(content, dict):
         raise ValueError(f"{path}: is no dict of names and tensors")
@@ -793,7 +803,7 @@ class _Shell(dict):
     """Stands for all else that a pickle names, and does nothing but this: what was a module of
     TorchScript comes to hold the parameters below it."""
 
-    __hash__ = object.__hash__
+    __hash__ = object.__hash__  # it may be a key, or in a set
 
     def __init__(self, *args, **kwargs):
         pass
@@ -801,7 +811,7 @@ class _Shell(dict):
     def __call__(self, *args, **kwargs):
         return self
 
-    append = extend = __call__
+    append = extend = __call__  # or be filled like a list
 
     def __setstate__(self, state):
         if isinstance(state, dict):
