@@ -140,7 +140,7 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
 
     Lists have lines `<clip> [<number of frames>] <label>`, as EZ-CLIP, TSN, ActionCLIP and
     mmaction2 have them, and `labels` names their numbers, see `clip_finder` and `read_labels`.
-    Without lists class folders are the classes, and `test_clips` splits. Raises OSError or
+    Without lists class folders are the classes, and `choose_test` splits. Raises OSError or
     ValueError that names the folder, or list and line.
     """
     root = Path(root)
@@ -158,7 +158,7 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
         raise ValueError(f"{root}: clips without class folders, as {folders[0]}, need --train-list "
                          "or --test-list, and --labels")
     else:
-        chosen, source = test_clips(folders, whole)
+        chosen, source = choose_test(folders, whole)
         sources = [source, source]
         train, test = {}, {}
         for folder in folders:
@@ -170,8 +170,8 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
     for part, source in zip((train, test), sources):
         clips = [(clip, classes.index(name)) for clip, name in part.items()]
         splits.append(Split(root, classes, clips, source))
-        # broken data is to show now, not after hours: a clip of each class is tried
-        for clip in dict(zip(part.values(), part)).values():
+        a_clip_of = {name: clip for clip, name in part.items()}
+        for clip in a_clip_of.values():  # broken data is to show now, not after hours
             read_frame(root / clip / frame_names(root / clip)[0])
     print(f"{root}: {len(classes)} classes, {len(train)} training and {len(test)} test clips "
           f"({', '.join(dict.fromkeys(sources))})")
@@ -202,7 +202,8 @@ def clip_folders(root):
         return sorted(folders)
 
     clips = below("")
-    # the first folder that is not empty tells: a class may be called training dog
+    # a level of classes, two below train, unless the first folder with something in it has frames:
+    # a class may be called training dog
     for _ in range(2 if "train" in " ".join(clips).lower() else 1):
         names = next(filter(None, (os.listdir(root / clip) for clip in clips)), [])
         if any(map(FRAME.fullmatch, names)):
@@ -216,14 +217,14 @@ def clip_folders(root):
     return clips
 
 
-def test_clips(folders, whole):
+def choose_test(folders, whole):
     """-> the clips to test where no list tells, and the rule: a folder train beside others; names
     of UCF101; or of each class the max(1, n // 5) with the smallest hash, never its only clip."""
     if whole:
         return {*folders}, "all clips"
     if folders[0].count("/") == 2:
         others = {f for f in folders if "train" not in f.split("/")[0].lower()}
-        return others, "by the folder train"
+        return others, f"the folders {', '.join(sorted({f.split('/')[0] for f in others}))}"
     ucf101 = [re.fullmatch(r".+/v_[^/]+_g(\d+)_c\d+(\.avi)?", folder) for folder in folders]
     if all(ucf101):
         return {clip[0] for clip in ucf101 if int(clip[1]) <= 7}, "split 1 of UCF101"
@@ -249,7 +250,8 @@ def clip_finder(folders, listed):
     that are spelled as in the list, on their whole way below the root.
     """
     def key(path):
-        *_, parent, name = ["", *nfc(path).replace("\\", "/").strip("/").split("/")]
+        parts = ["", *nfc(path).replace("\\", "/").strip("/").split("/")]
+        parent, name = parts[-2:]
         stem, suffix = os.path.splitext(name.lower())
         if suffix not in VIDEOS:
             stem += suffix
@@ -281,23 +283,23 @@ def match_clips(source, rows, names, find, allow_missing):
     and, unless `allow_missing`, those with none."""
     if not rows:
         raise ValueError(f"{source}: names no clips")
-    entries, missing = {}, []
+    entries, missing = {}, []  # {folder: (clip of the list, class)}
     class_of = functools.cache(lambda folder: find_name(folder, names))
     for where, listed, name in rows:
         found = find(listed)
         if not found:
             missing.append(listed)
             continue
-        clip = found[0]
+        folder = found[0]
         if len(found) > 1:
             raise ValueError(f"{where}: {listed} fits all of {', '.join(found)}")
-        folder = Path(clip).parent.name
-        if class_of(folder) not in (name, None):
-            raise ValueError(f"{where}: {clip} is {name} by its label, but lies in {folder}")
-        before = entries.setdefault(clip, (listed, name))
-        if before != (listed, name):
-            raise ValueError(f"{where}: {clip} would be {listed} of {name}, and was "
-                             f"{' of '.join(before)}")
+        parent = Path(folder).parent.name
+        if class_of(parent) not in (name, None):
+            raise ValueError(f"{where}: {folder} is {name} by its label, but lies in {parent}")
+        first = entries.setdefault(folder, (listed, name))
+        if first != (listed, name):
+            raise ValueError(f"{where}: {folder} would be {listed} of {name}, and was "
+                             f"{' of '.join(first)}")
 
     if missing:
         named = ", ".join(missing[:10] + ["..."] * (len(missing) > 10))
@@ -305,7 +307,7 @@ def match_clips(source, rows, names, find, allow_missing):
         if not (allow_missing and entries):
             raise ValueError(f"{problem}; --allow-missing leaves out some, never all")
         warn(problem)
-    return {clip: name for clip, (_, name) in entries.items()}
+    return {folder: name for folder, (_, name) in entries.items()}
 
 
 def read_list(path, folders, names, allow_missing):
@@ -402,13 +404,13 @@ def sample_frames(count, num_frames, rng=None):
     With a numpy Generator (training): a random frame of each of equal segments; a shorter clip
     gives all of its frames and random repeats. Without: the official code's centres of segments.
     """
-    starts = np.arange(num_frames) * count // num_frames
     if rng is None and num_frames == 1:
-        return np.array([count // 2])
+        return np.array([count // 2])  # where what follows can give the frame before
     if rng is None:
-        late = max(0, count / num_frames - 1) / 2
-        return np.floor(np.arange(num_frames) * count / num_frames + late).astype(int)
+        to_centre = max(0, count / num_frames - 1) / 2
+        return np.floor(np.arange(num_frames) * count / num_frames + to_centre).astype(int)
     if count >= num_frames:
+        starts = np.arange(num_frames) * count // num_frames
         return rng.integers(starts, [*starts[1:], count])
     repeats = rng.integers(count, size=num_frames - count)
     return np.sort(np.concatenate([np.arange(count), repeats]))
@@ -495,7 +497,7 @@ class Parser(argparse.ArgumentParser):
 
 def at_least(minimum, kind=int):
     """A type for argparse: a finite number that is not smaller."""
-    def number(text):
+    def number(text):  # its name is in argparse's message
         value = kind(text)
         if not minimum <= value < float("inf"):
             raise argparse.ArgumentTypeError(f"must be at least {minimum} and finite, not {text}")

@@ -1543,7 +1543,12 @@ def test_runs_start_from_checkpoints_resume_and_are_evaluated(world, tmp_path):
     evaluate = [*world.bare, "--eval-only", "--resume", "--out"]
     plain = train.main([*evaluate, str(tmp_path / "plain"), "--clip", world.clip])
     assert plain["results"]["frames"]["n"] == 3 and plain["trainable"] == 0
+    said = ["--checkpoint", str(out / "last.pt"), "--mean", *map(str, ezclip.CLIP_MEAN)]
+    again = train.main([*evaluate, str(tmp_path / "again"), *said])  # what it has may be said
+    assert again["results"] == content["results"]
     fails([*evaluate, out], "which --eval-only would write over")
+    single = frames_folder(tmp_path / "single", clips=1)
+    fails([*evaluate, tmp_path / "no", "--data", single], "single: no test clips")
     fails([*evaluate, tmp_path / "no", "--checkpoint", world.clip], "is plain CLIP")
     assert not (tmp_path / "no").exists()
 

@@ -45,8 +45,8 @@ from ezclip import EZCLIP, class_probabilities, contrastive_loss, motion_loss, r
 
 SAVE_SECONDS = 600  # between checkpoints within an epoch
 
-# Flags that a resumed run may change: they do not touch its result, or what they name is compared
-# by content, as the clips and their texts (data_sha256) or CLIP (clip_sha256).
+# Flags that a resumed run may change: they touch its result by rounding at most, or what they name
+# is compared: clips, by their names, and texts (data_sha256), CLIP (clip_sha256).
 FREE = {"out", "resume", "workers", "device", "compile", "recompute", "eval_every", "eval_only",
         "data", "train_list", "test_list", "labels", "allow_missing", "descriptions", "templates",
         "clip", "checkpoint"}
@@ -64,8 +64,8 @@ def usable_device(name):
 
 @contextlib.contextmanager
 def torchrun():
-    """Within it, if torchrun has started this process: one of several, on a GPU of its own. Only
-    the first one prints and writes. To be written as @torchrun() above a program's main."""
+    """For a program's main, as @torchrun(): join the other processes, if torchrun has started this
+    one, each on a GPU if there are enough. Only the first one prints and writes."""
     if "RANK" not in os.environ:
         yield
         return
@@ -197,8 +197,9 @@ def build_model(args):
     # what no flag says is said by the checkpoint, or else by Config
     for name in ("activation", "vision_heads", "text_heads", "mean", "std", "prompts",
                  "temporal_adapter"):
-        if getattr(args, name):
-            given[name] = getattr(args, name)
+        value = getattr(args, name)
+        if value:
+            given[name] = tuple(value) if isinstance(value, list) else value
     if args.no_adapters:
         given["adapters"] = False
     if args.eval_only and not args.checkpoint and not args.prompts:
@@ -212,6 +213,8 @@ def build_model(args):
     model = EZCLIP.from_pretrained(start, args.num_frames, **given)
     if args.checkpoint and not model.weights_adapted:
         raise ValueError(f"{start}: is plain CLIP, to be given as --clip")
+    if args.eval_only and not model.weights_adapted and model.config.prompts != "none":
+        data.warn("the temporal prompts are random: no file holds any")
     if model.config.vocab_size != 49408:
         raise ValueError(f"{model.weights_path}: its vocabulary of {model.config.vocab_size} is "
                          "not clip_tokenizer's: from Python, give encode_text ids (docs/deploy.md)")
@@ -238,13 +241,14 @@ def templates_of(args):
 
 def tokens_of(classes, args, context_length=77):
     """Token ids of every template and class, (templates, classes, L)."""
-    templates, texts, tokens = templates_of(args), {}, []
+    templates, descriptions = templates_of(args), {}
     if args.descriptions:
-        texts = data.read_descriptions(args.descriptions)
+        descriptions = data.read_descriptions(args.descriptions)
+    tokens = []
     for name in classes:
         text = data.class_text(name)
         if args.descriptions:
-            text = texts.get(data.find_name(name, texts))
+            text = descriptions.get(data.find_name(name, descriptions))
         if text is None:
             raise ValueError(f"{args.descriptions}: has no description of {name}")
         try:
@@ -308,7 +312,7 @@ def evaluate(model, split, args):
 
     probabilities = torch.zeros(n, len(split.classes))  # other processes' are added in the end
     bar = tqdm(data.loader(dataset, batches, args.workers), "test", len(batches), leave=False,
-               disable=rank() > 0 or None)
+               disable=rank() > 0 or None)  # None: unless this is a terminal
     for videos, _, indices in bar:
         features = encode_clips(videos, args, model)
         probabilities[indices] = class_probabilities(features, texts).cpu()
@@ -372,8 +376,8 @@ def batches(n, size, start, stop, seed):
 
 
 def learning_rate(step, warmup, total):
-    """As a fraction of the peak: linear, 1/warmup in step 0, and from step warmup - 1 on a cosine
-    with its peak in step `warmup`, to 0."""
+    """A fraction of the peak: (step + 1) / warmup at first, then, from a step before it ends, a
+    cosine whose peak is in step `warmup`, to 0."""
     if step + 1 < warmup:
         return (step + 1) / warmup
     return (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
@@ -465,18 +469,19 @@ def take_step(model, videos, tokens, labels, chunk, args, step):
     pieces, videos = my_pieces(range(len(labels)), chunk), videos.split(chunk)
 
     def encode(piece, video):
-        seed_draws(args.seed, step, 1 + piece.start // chunk)
+        seed_draws(args.seed, step, 1 + piece.start // chunk)  # from 1 on: 0 is (seed, step)
         text = without_padding(tokens[piece.start:piece.stop])
         with autocast(args):
             frames = model.encode_frames(video.to(args.device, non_blocking=True))
             texts = model.encode_text(text.to(args.device))
-        return torch.cat([frames, texts[:, None]], 1).float()  # (b, T + 1, E)
+        return torch.cat([frames, texts[:, None]], 1).float()  # (b, T + 1, E), for one exchange
 
     # features; those of other processes are zeros until they are added up
     features = torch.zeros(len(labels), model.config.num_frames + 1, model.config.embed_dim,
                            device=args.device)
     for piece, video in zip(pieces, videos):
-        encoded = None  # frees the graph of the piece before
+        encoded = None  # frees the graph of the piece before, which is made, as torch.compile would
+        # make another for no_grad, that draws otherwise
         encoded = encode(piece, video)
         features[piece.start:piece.stop] = encoded.detach()
     add_up(features)
@@ -547,9 +552,10 @@ def train(model, split, args, tests=None):
         print(f"resumed at step {step} of {total}")
     check_alike(f"{out}: files there", step)
 
-    # the batches, and of each, loaded ahead, the clips of this process's pieces; or of none a clip
+    # of each batch the clips of this process's pieces are loaded ahead; of none a clip, that is not
+    # used, to keep step
     steps, ahead = itertools.tee(batches(len(clips), args.batch_size, step, total, args.seed))
-    shares = (sum(my_pieces(batch, chunk), []) or batch[:1] for batch in ahead)
+    shares = (list(itertools.chain(*my_pieces(batch, chunk))) or batch[:1] for batch in ahead)
     stream = data.loader(dataset, shares, args.workers, args.device.startswith("cuda"))
     bar = tqdm(stream, "train", total, initial=step, unit="step", disable=rank() > 0 or None)
     clock = saved_at = time.monotonic()
@@ -603,9 +609,7 @@ def train(model, split, args, tests=None):
                 save_run(out / "last.pt", identity | progress, weights, optimizer)
                 saved_at = now
             if stop and rank():
-                sys.exit(130)  # one of them says so
-            if stop and rank():
-                sys.exit(130)  # one of them says so
+                sys.exit(130)  # the first one says so
             if stop:
                 raise KeyboardInterrupt(f"stopped; step {step} of {total} is saved: the same "
                                         "command with --resume goes on")
@@ -628,8 +632,10 @@ def run(args, split, tests, command=""):
     trainable = sum(p.numel() for p in trained(model).values())
     if not (trainable or args.eval_only):
         raise ValueError("nothing to train: no prompts, no adapters, no --tune all")
-    if not (args.eval_only or split.clips):
+    if not args.eval_only and not split.clips:
         raise ValueError(f"{split.root}: no training clips")
+    if args.eval_only and not tests:
+        raise ValueError(f"{split.root}: no test clips")
     for test in tests.values():  # a bad text is to show now, not after hours
         tokens_of(test.classes, args, model.config.context_length)
     check_alike(f"{out}: its clips, classes or CLIP", split, tests, model.weights_sha256)
