@@ -628,14 +628,14 @@ def run(args, split, tests, command=""):
         raise ValueError(f"{out}: holds a run; --resume continues it, another --out starts one")
     if args.resume and args.eval_only and (out / "last.pt").exists():
         raise ValueError(f"{out}: holds a training run, which --eval-only would write over")
-    model = build_model(args)
-    trainable = sum(p.numel() for p in trained(model).values())
-    if not (trainable or args.eval_only):
-        raise ValueError("nothing to train: no prompts, no adapters, no --tune all")
     if not args.eval_only and not split.clips:
         raise ValueError(f"{split.root}: no training clips")
     if args.eval_only and not tests:
         raise ValueError(f"{split.root}: no test clips")
+    model = build_model(args)
+    trainable = sum(p.numel() for p in trained(model).values())
+    if not (trainable or args.eval_only):
+        raise ValueError("nothing to train: no prompts, no adapters, no --tune all")
     for test in tests.values():  # a bad text is to show now, not after hours
         tokens_of(test.classes, args, model.config.context_length)
     check_alike(f"{out}: its clips, classes or CLIP", split, tests, model.weights_sha256)
