@@ -163,7 +163,7 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
         train, test = {}, {}
         for folder in folders:
             part = test if folder in chosen else train
-            part[folder] = nfc(Path(folder).parent.name)
+            part[folder] = class_folder(folder)
         classes = sorted({*train.values(), *test.values()})
 
     splits = []
@@ -217,6 +217,11 @@ def clip_folders(root):
     return clips
 
 
+def class_folder(clip):
+    """The name of the folder that a clip lies in, "" if there is none."""
+    return nfc(Path(clip).parent.name)
+
+
 def choose_test(folders, whole):
     """-> the clips to test where no list tells, and the rule: a folder train beside others; names
     of UCF101; or of each class the max(1, n // 5) with the smallest hash, never its only clip."""
@@ -228,11 +233,12 @@ def choose_test(folders, whole):
     ucf101 = [re.fullmatch(r".+/v_[^/]+_g(\d+)_c\d+(\.avi)?", folder) for folder in folders]
     if all(ucf101):
         return {clip[0] for clip in ucf101 if int(clip[1]) <= 7}, "split 1 of UCF101"
-    test = set()
-    for _, clips in itertools.groupby(folders, os.path.dirname):
-        ranked = sorted(clips, key=name_hash)
-        if len(ranked) > 1:
-            test.update(ranked[:max(1, len(ranked) // 5)])
+    test, ranked = set(), {}
+    for folder in sorted(folders, key=name_hash):
+        ranked.setdefault(class_folder(folder), []).append(folder)
+    for clips in ranked.values():
+        if len(clips) > 1:
+            test.update(clips[:max(1, len(clips) // 5)])
     return test, "a fifth of each class by the hash of clip names"
 
 
@@ -293,7 +299,7 @@ def match_clips(source, rows, names, find, allow_missing):
         folder = found[0]
         if len(found) > 1:
             raise ValueError(f"{where}: {listed} fits all of {', '.join(found)}")
-        parent = Path(folder).parent.name
+        parent = class_folder(folder)
         if class_of(parent) not in (name, None):
             raise ValueError(f"{where}: {folder} is {name} by its label, but lies in {parent}")
         first = entries.setdefault(folder, (listed, name))

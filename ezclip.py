@@ -656,7 +656,10 @@ def _settle(said, content, state, all_keys, partial):
         settled["prompts"] = "shallow" if rows == 1 else "deep"
     config = content.get("config", content)
     if "clip_sha256" in content and isinstance(config, dict):  # train.py's
-        for field in ("num_frames", "activation", "vision_heads", "text_heads", "mean", "std"):
+        fields = ["num_frames", "activation", "vision_heads", "text_heads", "mean", "std"]
+        if partial:  # what else it trains, some switch of a fork's, belongs here
+            fields += ["prompts", "adapters", "temporal_adapter"]
+        for field in fields:
             if field in config:
                 settled[field] = config[field]
 
@@ -676,10 +679,12 @@ def _copy(state, all_keys, model, partial):
     """Move the tensors into `model`; ValueError lists what is missing, misshapen or left over."""
     problems = []
     for name, parameter in model.named_parameters():
-        wanted = model.weights_adapted if is_new(name) else not partial
+        found = _file_keys(name, all_keys)
+        wanted = not partial
+        if is_new(name):
+            wanted = model.weights_adapted or name in state
         if not wanted:  # CLIP's files lack what is new, and train.py's what is CLIP's
             continue
-        found = _file_keys(name, all_keys)
         parts = parameter.chunk(3) if len(found) == 3 else [parameter]
         for key, part in zip(found, parts):
             if key not in state:

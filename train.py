@@ -420,11 +420,11 @@ def load_run(path, identity, weights, optimizer):
     """
     saved = read_weights(path)
     try:
-        for flag, value in saved["args"].items():
-            now = identity["args"].get(flag)
-            if flag not in FREE and now != value:
+        for flag in sorted(saved["args"].keys() | identity["args"].keys()):
+            before, now = saved["args"].get(flag), identity["args"].get(flag)
+            if flag not in FREE and now != before:
                 flag = flag.replace("_", "-")
-                raise ValueError(f"{path}: the run has --{flag} {value}, not {now}; "
+                raise ValueError(f"{path}: the run has --{flag} {before}, not {now}; "
                                  "--resume keeps it")
         if saved["data_sha256"] != identity["data_sha256"]:
             raise ValueError(f"{path}: the run had other training clips or texts than these")
@@ -434,9 +434,9 @@ def load_run(path, identity, weights, optimizer):
             for name, parameter in weights.items():
                 parameter.copy_(saved["state_dict"][name])
         optimizer.load_state_dict(saved["optimizer"])
-        return saved["step"], saved["rows"], saved["sums"]
-    except (KeyError, TypeError, AttributeError, RuntimeError):
-        raise ValueError(f"{path}: is no checkpoint of a run, or a damaged one") from None
+        return saved["step"], saved["rows"], dict(saved["sums"])
+    except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: is no checkpoint of a run, or a damaged one ({error})") from None
 
 
 def save_run(path, content, weights, optimizer):
@@ -455,8 +455,8 @@ def seed_draws(*numbers):
 
 
 def take_step(model, videos, tokens, labels, chunk, args, step):
-    """Leave the gradients of a step in the weights; returns the losses of its batch: total,
-    contrastive, motion.
+    """Leave the gradients of a step in the weights; returns the losses of its batch by names, of
+    which "loss" is the total.
 
     tokens: (B, L), labels: (B,). The batch is encoded in pieces of `chunk` clips; videos are those
     of this process's pieces, (b, T, 3, S, S).
@@ -514,7 +514,7 @@ def take_step(model, videos, tokens, labels, chunk, args, step):
         flat = parameters_to_vector(gradients)  # for a single exchange
         add_up(flat)
         vector_to_parameters(flat, gradients)
-    return torch.stack([loss, contrastive, motion]).tolist()
+    return {"loss": loss.item(), "contrastive": contrastive.item(), "motion": motion.item()}
 
 
 def train(model, split, args, tests=None):
@@ -546,7 +546,7 @@ def train(model, split, args, tests=None):
     identity = {"args": {**vars(args), "chunk": chunk}, "classes": split.classes,
                 "data_sha256": digest, "clip": model.weights_path,
                 "clip_sha256": model.weights_sha256, "config": asdict(model.config)}
-    step, rows, sums = 0, [], [0.0] * 4  # sums of the epoch: three losses, and seconds
+    step, rows, sums = 0, [], {}  # sums of the epoch: losses, seconds, and those of waiting
     if args.resume and (out / "last.pt").exists():
         step, rows, sums = load_run(out / "last.pt", identity, weights, optimizer)
         print(f"resumed at step {step} of {total}")
@@ -559,11 +559,10 @@ def train(model, split, args, tests=None):
     stream = data.loader(dataset, shares, args.workers, args.device.startswith("cuda"))
     bar = tqdm(stream, "train", total, initial=step, unit="step", disable=rank() > 0 or None)
     clock = saved_at = time.monotonic()
-    waited = 0.0  # for clips, in this epoch
     with stop_signals() as stopped:
         for batch, (videos, _, _) in zip(steps, bar):
             # templates and learning rates
-            waited += time.monotonic() - clock
+            waiting = time.monotonic() - clock  # for clips
             add_up(torch.tensor(0))  # raises where a process has died, as GPUs' exchanges do not
             labels = torch.tensor([clips[i][1] for _, i in batch])
             seed_draws(args.seed, step)
@@ -575,30 +574,32 @@ def train(model, split, args, tests=None):
             model.train()
             optimizer.zero_grad()
             losses = take_step(model, videos, tokens[drawn, labels], labels, chunk, args, step)
-            if not math.isfinite(losses[0]):
+            if not math.isfinite(losses["loss"]):
                 names = ", ".join(clips[i][0] for _, i in batch)
-                raise ArithmeticError(f"step {step}: the loss is {losses[0]}, a lower --lr may "
-                                      f"help; clips: {names}")
+                raise ArithmeticError(f"step {step}: the loss is {losses['loss']}, a lower --lr "
+                                      f"may help; clips: {names}")
             optimizer.step()
             step += 1
             now = time.monotonic()
-            sums = [a + b for a, b in zip(sums, (*losses, now - clock))]
-            share = waited / sums[3]
-            bar.set_postfix_str(f"loss {losses[0]:.3f}, {share:.0%} waiting for clips", False)
+            for name, value in {**losses, "seconds": now - clock, "waiting": waiting}.items():
+                sums[name] = sums.get(name, 0.0) + value
+            share = sums["waiting"] / sums["seconds"]
+            bar.set_postfix_str(f"loss {losses['loss']:.3f}, {share:.0%} waiting for clips", False)
 
             # once per epoch: log, and evaluate
             if step % per_epoch == 0:
                 row = {"epoch": step // per_epoch, "lr": optimizer.param_groups[0]["lr"],
-                       "seconds": sums[3], "clips/s": per_epoch * len(batch) / sums[3]}
-                for name, value in zip(("loss", "contrastive", "motion"), sums):
-                    row[name] = value / per_epoch
+                       "seconds": sums["seconds"],
+                       "clips/s": per_epoch * len(batch) / sums["seconds"]}
+                for name in losses:
+                    row[name] = sums[name] / per_epoch
                 if args.eval_every and row["epoch"] % args.eval_every == 0 and step < total:
                     for name, test in (tests or {}).items():
                         result = evaluate(model, test, args)
                         row[f"{name} top1"] = result["top1"]
                         row[f"{name} top5"] = result["top5"]
                 rows.append(row)
-                sums, waited = [0.0] * 4, 0.0
+                sums = {}
                 write_csv(out / "log.csv", rows)
 
             # once in a while: save
