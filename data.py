@@ -86,10 +86,18 @@ def read_lines(path):
 def read_labels(path):
     """{number: class name}, by number, of lines `id,name`, perhaps below a header, or `id name`; or
     of a name per line, which count from 0. ValueError names what does not fit."""
-    lines, names = read_lines(path), {}
-    commas = any(re.match(r"\d+\s*,", line) for _, line in lines)
-    # a name may begin with a number too (360 flip), but hardly with that of a first class
-    numbered = commas or any(re.match(r"[01]\s", line) for _, line in lines)
+    lines = read_lines(path)
+    numbers, commas = [], False
+    for _, line in lines:
+        entry = re.match(r"(\d+)\s*(,|\s)", line)
+        if entry:
+            numbers.append(int(entry[1]))
+            commas = commas or entry[2] == ","
+    # names may begin with numbers too (360 flip): few of them, and none with that of a first class
+    counted = bool(numbers) and min(numbers) < 2
+    numbered = (commas or counted) and 2 * len(numbers) >= len(lines)
+
+    names = {}
     for i, (where, line) in enumerate(lines):
         number, name = i, line
         if numbered:

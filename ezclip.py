@@ -409,7 +409,7 @@ class EZCLIP(nn.Module):
         # train.py saves what it has trained, and names the rest
         partial = "clip_sha256" in content and "visual.conv1." not in all_keys
         try:
-            said = _config_beside(path) | config_overrides
+            said = _config_beside(path, "vision_model." in all_keys) | config_overrides
             settled = _settle(said, content, state, all_keys, partial)
             adapted = partial or "prompts" in settled
             settings = said | settled
@@ -417,7 +417,11 @@ class EZCLIP(nn.Module):
                 settings["num_frames"] = num_frames
             if partial:
                 clip = clip or content.get("clip")
-                model = cls.from_pretrained(clip, **settings)
+                try:
+                    model = cls.from_pretrained(clip, **settings)
+                except (OSError, ValueError) as error:
+                    raise ValueError(f"its CLIP cannot be loaded: {error}; `clip` (--clip) says "
+                                     "where it is now") from None
                 if model.weights_sha256 != content["clip_sha256"]:
                     raise ValueError(f"was trained on another CLIP than {clip}")
             elif clip:
@@ -432,11 +436,7 @@ class EZCLIP(nn.Module):
                                   "models not named -quickgelu")
             model.weights_adapted = adapted
             _copy(state, all_keys, model, partial)
-        except OSError as error:
-            if not partial:
-                raise
-            raise ValueError(f"{path}: {error}; `clip` (--clip) says where its CLIP is") from None
-        except (ValueError, RuntimeError) as error:  # the second: sizes beyond the memory
+        except (ValueError, TypeError, RuntimeError) as error:  # the last: beyond the memory
             raise ValueError(f"{path}: {error}{_hint(all_keys, path)}") from None
         return model.eval()
 
@@ -594,13 +594,15 @@ def _tensors(path, content):
     for key in ("model_state_dict", "state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
-    common = os.path.commonprefix([*map(str, content)])
+    tensors = {}
+    for key, tensor in content.items():
+        if str(key).split(".")[-1] not in _NO_WEIGHTS:
+            tensors[str(key)] = tensor
+    common = os.path.commonprefix([*tensors])
     prefix = re.match(r"((module|model|_orig_mod)\.)*", common)[0]  # they may be stacked
     state = {}
-    for key, tensor in content.items():
-        key = str(key).removeprefix(prefix)
-        if key.split(".")[-1] in _NO_WEIGHTS:
-            continue
+    for key, tensor in tensors.items():
+        key = key.removeprefix(prefix)
         if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
             raise ValueError(f"{path}: {key} is no tensor of weights")
         if key.endswith("_projection.weight"):  # Hugging Face has them transposed
@@ -630,6 +632,14 @@ def _settle(said, content, state, all_keys, partial):
         return state[key].shape
 
     settled = {}
+    config = content.get("config", content)
+    if "clip_sha256" in content and isinstance(config, dict):  # train.py's
+        fields = ["num_frames", "activation", "vision_heads", "text_heads", "mean", "std"]
+        if partial:  # what else it trains, some switch of a fork's, belongs here
+            fields += ["prompts", "adapters", "temporal_adapter"]
+        for field in fields:
+            if field in config:
+                settled[field] = config[field]
     if not partial:
         settled["vision_width"], _, _, settled["patch_size"] = shape("visual.conv1.weight", 4)
         grid = math.isqrt(shape("visual.positional_embedding", 2)[0])  # 1 + its square
@@ -640,9 +650,8 @@ def _settle(said, content, state, all_keys, partial):
         for tower, prefix in ("vision", "visual."), ("text", ""):
             blocks, = _file_keys(f"{prefix}transformer.resblocks.", all_keys)
             settled[f"{tower}_layers"] = len(set(re.findall(rf"(?m)^{blocks}(\d+)", all_keys)))
-            mlp_width, _ = shape(f"{prefix}transformer.resblocks.0.mlp.c_fc.weight", 2)
-            if mlp_width != 4 * settled[f"{tower}_width"]:
-                settled[f"{tower}_mlp_width"] = mlp_width
+            settled[f"{tower}_mlp_width"], _ = shape(
+                f"{prefix}transformer.resblocks.0.mlp.c_fc.weight", 2)
     if re.search("(?i)adapter|prompt", all_keys):
         settled["prompts"] = "none"
         settled["adapters"] = ".adapter." in all_keys.lower()
@@ -654,19 +663,14 @@ def _settle(said, content, state, all_keys, partial):
     if re.search("T_prompt|temporal_prompts", all_keys):
         rows, settled["num_frames"], _ = shape("visual.transformer.temporal_prompts", 3)
         settled["prompts"] = "shallow" if rows == 1 else "deep"
-    config = content.get("config", content)
-    if "clip_sha256" in content and isinstance(config, dict):  # train.py's
-        fields = ["num_frames", "activation", "vision_heads", "text_heads", "mean", "std"]
-        if partial:  # what else it trains, some switch of a fork's, belongs here
-            fields += ["prompts", "adapters", "temporal_adapter"]
-        for field in fields:
-            if field in config:
-                settled[field] = config[field]
 
     for field, value in said.items():
         if settled.get(field, value) != value:
             raise ValueError(f"has {field} {settled[field]!r}, not {value!r} as asked for or as "
                              "the JSON beside it says")
+    for tower in ("vision", "text"):
+        if settled.get(f"{tower}_mlp_width") == 4 * settled.get(f"{tower}_width", 0):
+            settled[f"{tower}_mlp_width"] = None  # as usual
     width = settled.get("vision_width", 0)
     if width > 1024 and not (said | settled).get("vision_heads"):
         raise ValueError(f"no weight tells how many heads a vision width of {width} has: give "
@@ -704,17 +708,20 @@ def _copy(state, all_keys, model, partial):
         raise ValueError(f"does not fit a CLIP ViT in {len(problems)} keys: {first}")
 
 
-def _config_beside(path):
+def _config_beside(path, hugging_face):
     """What Hugging Face's or open_clip's JSON beside a weights file says of its model, as fields of
     Config; {} without one."""
     def read(*names):
         for file in map(path.with_name, names):
             if file.is_file():
-                return json.loads(file.read_text("utf-8"))
+                try:
+                    return json.loads(file.read_text("utf-8"))
+                except ValueError as error:
+                    raise ValueError(f"{file.name}: {error}") from None
         return {}
 
     try:
-        content = read("open_clip_config.json", "config.json")
+        content = read(*["open_clip_config.json", "config.json"][hugging_face:])
         model = content.get("model_cfg", content)
         if model is content and "vision_config" not in model and model.get("model_type") != "clip":
             return {}  # none, or somebody else's
@@ -725,14 +732,17 @@ def _config_beside(path):
         activations = set()
         for tower in ("vision", "text"):
             part = model.get(f"{tower}_cfg", model.get(f"{tower}_config", {}))
+            part = model.get(f"{tower}_config_dict") or part  # of older files, which changes it
             activations.add(part.get("hidden_act", activation))
             for key, value in part.items():
+                if isinstance(value, list) and len({*value}) == 1:  # both sides of a square
+                    value = value[0]
                 if key in _JSON:
                     said[_JSON[key].format(tower)] = value
                 if key in _SUPPORTED and value and value not in _SUPPORTED[key]:
                     raise ValueError(f"the {tower} tower has {key} {value!r}, which no code is for")
             if "model_cfg" in content:  # open_clip, which has ratios of widths
-                width = part["width"]
+                width = part.get("width", {"vision": 768, "text": 512}[tower])
                 said[f"{tower}_mlp_width"] = int(width * part.get("mlp_ratio", 4))
                 said.setdefault(f"{tower}_heads", width // part.get("head_width", 64))
         if len(activations) > 1:
@@ -776,7 +786,10 @@ def read_weights(path):
 def _read_zip(path):
     """What torch.save or torch.jit.save wrote: a pickle, and a file for each storage of tensors."""
     with zipfile.ZipFile(path) as archive:  # whose read() compares checksums
-        folder = archive.namelist()[0].split("/")[0]
+        found = [name for name in archive.namelist() if re.fullmatch("[^/]+/data.pkl", name)]
+        if len(found) != 1:
+            raise ValueError("it is a zip, but none of PyTorch's")
+        folder = found[0].split("/")[0]
         unpickler = _Unpickler(io.BytesIO(archive.read(f"{folder}/data.pkl")))
         unpickler.read = functools.cache(lambda key: bytearray(archive.read(f"{folder}/{key}")))
         return unpickler.load()

@@ -393,6 +393,7 @@ def write_formats(folder, state):
               "dtype": torch.float16, "size": torch.Size([2])}
     for prefix in ("module.", "model._orig_mod.", "_orig_mod.module.model."):
         wrapped = {prefix + name: value for name, value in state.items()}
+        wrapped["input_resolution"] = torch.tensor(32)
         torch.save({"epoch": 1, "state_dict": wrapped, **extras}, folder / f"{prefix}bin")
     torch.save(state, folder / "plain.safetensors")
     torch.save(state, folder / "legacy.zip", _use_new_zipfile_serialization=False)
@@ -552,12 +553,14 @@ def test_what_no_weight_tells_is_said_or_asked_for(tmp_path):
     assert EZCLIP.from_pretrained(path, vision_heads=2).config.vision_heads == 2
     (tmp_path / "preprocessor_config.json").unlink()
     (tmp_path / "processor_config.json").write_text('{"image_processor": {"image_std": [1, 1, 1]}}')
-    write(vision_config={**vision, "num_attention_heads": 8})
+    write(vision_config_dict={**vision, "num_attention_heads": 8})
     loaded = EZCLIP.from_pretrained(tmp_path).config
     assert loaded.vision_heads == 8 and loaded.std == (1, 1, 1)
     for changes, word in (
             (dict(vision_config={**vision, "hidden_size": 64}), "has vision_width 128, not 64 as"),
-            (dict(projection_dim=8), "has embed_dim 32, not 8 as"), (dict(text_config={}), "activations"),
+            (dict(text_config={**text, "intermediate_size": 300}), "text_mlp_width 256, not 300"),
+            (dict(projection_dim=8), "has embed_dim 32, not 8 as"),
+            (dict(text_config={}), "activations"),
             (dict(vision_config={**vision, "layer_norm_eps": 1e-6}), "layer_norm_eps 1e-06"),
             (dict(vision_config={**vision, "num_attention_heads": "4"}), "vision_heads"),
             (dict(vision_config={**vision, "num_attention_heads": 3}), "no multiple of its 3"),
@@ -581,7 +584,7 @@ def test_files_that_do_not_fit_say_why(tmp_path):
     no_patches = {k: v for k, v in state.items() if k != "visual.conv1.weight"}
     clip, part = tmp_path / "clip.pt", tmp_path / "model-00001-of-00002.safetensors"
     for path, content, word in (
-            (clip, others, f"missing: .*{key}"),
+            (clip, others, f"missing: .*{key}"), (clip, b"PK\5\6" + bytes(18), "none of PyTorch's"),
             (clip, {**state, "extra.weight": torch.zeros(1)}, "unexpected: extra.weight"),
             (clip, {**state, key: torch.zeros(3, 3)}, f"misshapen: .*{key}"),
             (clip, {**state, key: state[key].long()}, "tensors? of weights"),
@@ -1125,7 +1128,10 @@ def test_missing_clips_are_counted_and_named(tmp_path, capsys):
     ("0,Archery\n0,Clap\n", ":2: '0,Clap' has a number or a name for the second time"),
     ("0,Clap\n1,Clap\n", ":2: '1,Clap' has a number or a name for the second time"),
     ("0,Archery\nClap,1\n", ":2: expected id,name and not 'Clap,1'"),
-    ("1 A\n3 C\n", {1: "A", 3: "C"}), ("1 A\n2 B\nC\n", ":3: expected id,name and not 'C'"),
+    ("001 run\n002 hop\n", {1: "run", 2: "hop"}), ("1 A\n3 C\n", {1: "A", 3: "C"}),
+    ("walk\n1 leg jump\nrun\n", {0: "walk", 1: "1 leg jump", 2: "run"}),
+    ("run\n10,000 m\nhop\n", {0: "run", 1: "10,000 m", 2: "hop"}),
+    ("1 A\n2 B\nC\n", ":3: expected id,name and not 'C'"),
     ("walk, fast\n1 leg jump\n", ":1: expected id,name"),
     ("0,Archery\n1,\n", ":2: expected id,name"), ("", ": holds no lines")])
 def test_files_of_class_names(tmp_path, text, expected):

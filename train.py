@@ -60,13 +60,19 @@ def usable_device(name):
     return name
 
 
+def template(text):
+    if "{}" not in text:
+        raise argparse.ArgumentTypeError(f"{text!r} has no {{}} for the class name")
+    return text
+
+
 # ---- one process or several ----
 
 @contextlib.contextmanager
 def torchrun():
     """For a program's main, as @torchrun(): join the other processes, if torchrun has started this
     one, each on a GPU if there are enough. Only the first one prints and writes."""
-    if "RANK" not in os.environ:
+    if "RANK" not in os.environ or dist.is_initialized():
         yield
         return
     gpus = torch.cuda.device_count()
@@ -138,7 +144,7 @@ def add_model_flags(p):
     flag("--temporal-adapter", action="store_true",
          help="the official code's ablation: attention over time at every token")
     flag("--descriptions", metavar="FILE", help="texts of classes: CSV number,name,text or JSON")
-    flag("--templates", nargs="+", metavar="TEXT",
+    flag("--templates", nargs="+", metavar="TEXT", type=template,
          help="texts with {} for the name (the 16 of the official code; {} with --descriptions)")
     device = "cpu"
     if torch.backends.mps.is_available() and not dist.is_initialized():
@@ -233,9 +239,6 @@ def trained(model):
 
 def templates_of(args):
     """The texts with {} for a class: given, or those that go with names or with descriptions."""
-    for text in args.templates or []:
-        if "{}" not in text:
-            raise ValueError(f"--templates: {text!r} has no {{}} for the class name")
     return args.templates or (["{}"] if args.descriptions else data.TEMPLATES)
 
 
@@ -681,9 +684,10 @@ def main(argv=None):
     args.out = args.out or f"runs/{name}"
     train_split, test_split = data.index_frames(args.data, args.train_list, args.test_list,
                                                 args.labels, args.allow_missing)
-    tests = {}
-    if test_split.clips:
-        tests[name] = test_split
+    tests = {name: test_split}
+    if not test_split.clips:
+        data.warn("there are no test clips")
+        tests = {}
     content = run(args, train_split, tests, shlex.join(["python", "train.py", *argv]))
     print(f"pictures of it: python examples/plots.py {shlex.quote(args.out)}")
     return content

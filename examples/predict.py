@@ -44,12 +44,14 @@ def add_flags(p):
 
 def classes_of(args):
     """The names of --class-names, of the file that stands there, or of the checkpoint's training.
-    ValueError for two that are the same in words, between which CLIP sees no difference."""
+    ValueError for two given that are the same in words: CLIP sees no difference between them."""
     names = args.class_names
+    if not names and args.checkpoint:
+        saved = ezclip.read_weights(args.checkpoint).get("classes")
+        if isinstance(saved, list) and saved:
+            return [*map(str, saved)]
     if len(names) == 1 and (names[0].endswith((".txt", ".csv")) or os.path.isfile(names[0])):
         names = data.read_labels(names[0]).values()
-    elif not names and args.checkpoint:
-        names = ezclip.read_weights(args.checkpoint).get("classes", [])
     known = {}
     for name in names:
         words = data.class_text(name)

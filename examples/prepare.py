@@ -83,7 +83,7 @@ def video_frames(video, complaints, chosen=None):
         if process.wait() < 0:
             complaints.append(f"ffmpeg has crashed, by signal {-process.returncode}")
         if not image:
-            said = complaints[-1] if complaints else "no frames"
+            said = complaints[0] if complaints else "no frames"
             raise ValueError(f"{video}: is no readable video ({said})")
     finally:
         process.kill()
@@ -123,7 +123,7 @@ def find_videos(root, frames):
     for path in walk(root, levels=2):  # as in train/<class>
         if path.is_dir():
             others["folder in a folder of videos"] += 1
-        elif path.suffix.lower() not in data.VIDEOS:
+        elif path.suffix.lower() not in data.VIDEOS or path.is_fifo():
             others[path.suffix or path.name] += 1
         else:
             target = frames / path.relative_to(root).with_suffix("")
