@@ -725,7 +725,7 @@ def _config_beside(path, hugging_face):
         model = content.get("model_cfg", content)
         if model is content and "vision_config" not in model and model.get("model_type") != "clip":
             return {}  # none, or somebody else's
-        said = {"text_heads": 8} if "model_cfg" in content else dict(_DEFAULTS)  # without a word
+        said = {"text_heads": 8} if "model_cfg" in content else dict(_DEFAULTS)  # if left out
         said["embed_dim"] = model.get("embed_dim", model.get("projection_dim", 512))
         # Hugging Face's towers have QuickGELU unless they say otherwise, open_clip's the other way
         activation = "quick_gelu" if model.get("quick_gelu", model is content) else "gelu"

@@ -483,8 +483,8 @@ def take_step(model, videos, tokens, labels, chunk, args, step):
     features = torch.zeros(len(labels), model.config.num_frames + 1, model.config.embed_dim,
                            device=args.device)
     for piece, video in zip(pieces, videos):
-        encoded = None  # frees the graph of the piece before, which is made, as torch.compile would
-        # make another for no_grad, that draws otherwise
+        # with a graph, though it is thrown away: what torch.compile makes of no_grad draws otherwise
+        encoded = None  # frees the graph of the piece before
         encoded = encode(piece, video)
         features[piece.start:piece.stop] = encoded.detach()
     add_up(features)
