@@ -45,6 +45,7 @@ from ezclip import EZCLIP, Config, class_probabilities, contrastive_loss, motion
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*does not say its activation")
 torch.set_num_threads(1)  # more are slower for models as small as these
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which jobs in the background lack
 HERE = Path(__file__).parent
 sys.path.append(str(HERE / "benchmarks"))
 SMALL = dict(embed_dim=32, image_size=32, patch_size=8, vision_width=128, vision_layers=3,
