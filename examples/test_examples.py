@@ -169,10 +169,11 @@ def test_videos_of_all_kinds(tmp_path, capsys):
     make_video(videos / "train/Clap/late.avi", 3)
     (videos / "train/Clap/link.avi").symlink_to("nowhere")
     (videos / "train/Clap/deeper").mkdir()
+    os.mkfifo(videos / "train/Clap/pipe.mp4")  # which would be waited for
     assert prepare.extract(videos, frames) == 3
     said = capsys.readouterr()
     assert f"skipped {videos}/train/Clap/sound.m4v: " in said.err and "1 .txt" in said.out
-    assert "1 folder in a folder of videos" in said.out
+    assert "1 folder in a folder of videos" in said.out and "1 .mp4" in said.out
     assert f"skipped {videos}/train/Clap/late.avi: " in said.err and "3 of 6" in said.out
     assert f"skipped {videos}/train/Clap/link.avi: " in said.err
     clip = frames / "train/Clap/changing"
@@ -426,6 +427,19 @@ def test_predictions_that_cannot_be_made(flags, word, world, tmp_path, monkeypat
     files = sorted(tmp_path.rglob("*"))
     fails(predict, [*flags.split()], word)
     assert sorted(tmp_path.rglob("*")) == files
+
+
+@pytest.mark.parametrize("classes, found", [
+    (["A", "a", 3], ["A", "a", "3"]),  # what was trained is not asked
+    (None, None), (5, None), ([], None), (torch.ones(2), None)])
+def test_the_classes_of_a_checkpoint(classes, found, tmp_path):
+    torch.save({"classes": classes}, tmp_path / "last.pt")
+    args = SimpleNamespace(class_names=[], checkpoint=str(tmp_path / "last.pt"))
+    if found:
+        assert predict.classes_of(args) == found
+        return
+    with pytest.raises(ValueError, match="last.pt: names no classes, --class-names is needed"):
+        predict.classes_of(args)
 
 
 def test_a_damaged_video_is_predicted_with_a_warning(world, tmp_path, capsys):
