@@ -84,6 +84,8 @@ def video_frames(video, complaints, chosen=None):
             complaints.append(f"ffmpeg has crashed, by signal {-process.returncode}")
         if not image:
             said = complaints[0] if complaints else "no frames"
+            if video == "-":
+                said += "; what is piped needs a format that can be read without seeking"
             raise ValueError(f"{video}: is no readable video ({said})")
     finally:
         process.kill()
