@@ -174,9 +174,10 @@ def index_frames(root, train_list=None, test_list=None, labels=None, allow_missi
             part[folder] = class_folder(folder)
         classes = sorted({*train.values(), *test.values()})
 
+    position = {name: k for k, name in enumerate(classes)}
     splits = []
     for part, source in zip((train, test), sources):
-        clips = [(clip, classes.index(name)) for clip, name in part.items()]
+        clips = [(clip, position[name]) for clip, name in part.items()]
         splits.append(Split(root, classes, clips, source))
         a_clip_of = {name: clip for clip, name in part.items()}
         for clip in a_clip_of.values():  # broken data is to show now, not after hours

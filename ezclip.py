@@ -722,13 +722,14 @@ def _config_beside(path, hugging_face):
 
     try:
         content = read(*["open_clip_config.json", "config.json"][hugging_face:])
+        open_clip = "model_cfg" in content
         model = content.get("model_cfg", content)
-        if model is content and "vision_config" not in model and model.get("model_type") != "clip":
+        if not open_clip and "vision_config" not in model and model.get("model_type") != "clip":
             return {}  # none, or somebody else's
-        said = {"text_heads": 8} if "model_cfg" in content else dict(_DEFAULTS)  # if left out
+        said = {"text_heads": 8} if open_clip else dict(_DEFAULTS)  # if left out
         said["embed_dim"] = model.get("embed_dim", model.get("projection_dim", 512))
         # Hugging Face's towers have QuickGELU unless they say otherwise, open_clip's the other way
-        activation = "quick_gelu" if model.get("quick_gelu", model is content) else "gelu"
+        activation = "quick_gelu" if model.get("quick_gelu", not open_clip) else "gelu"
         activations = set()
         for tower in ("vision", "text"):
             part = model.get(f"{tower}_cfg", model.get(f"{tower}_config", {}))
@@ -741,7 +742,7 @@ def _config_beside(path, hugging_face):
                     said[_JSON[key].format(tower)] = value
                 if key in _SUPPORTED and value and value not in _SUPPORTED[key]:
                     raise ValueError(f"the {tower} tower has {key} {value!r}, which no code is for")
-            if "model_cfg" in content:  # open_clip, which has ratios of widths
+            if open_clip:  # which has ratios of widths
                 width = part.get("width", {"vision": 768, "text": 512}[tower])
                 said[f"{tower}_mlp_width"] = int(width * part.get("mlp_ratio", 4))
                 said.setdefault(f"{tower}_heads", width // part.get("head_width", 64))

@@ -282,9 +282,9 @@ def finite(features):
     return features
 
 
-def encode_classes(classes, args, model):
+def encode_classes(classes, args, model, context_length=None):
     """Features of every template and class, (templates, classes, E)."""
-    tokens = tokens_of(classes, args, model.config.context_length)
+    tokens = tokens_of(classes, args, context_length or model.config.context_length)
     with autocast(args):
         parts = []
         for part in tokens.flatten(0, 1).split(512):

@@ -179,7 +179,7 @@ def prepare(args, out, seed, command):
 
     split, tests = protocols.base_to_novel(*data.index_frames(out / "frames"))
     flags = settings(args, out / "ablation", seed, out / "clip/last.pt", ADAPTATION)
-    return protocols.ablation(flags, split, tests)
+    return protocols.jobs_of(protocols.ROWS, flags, split, tests)
 
 
 def plot(path, frames, rows):

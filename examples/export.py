@@ -108,9 +108,8 @@ def describe(model, args):
     features, templates = [], []
     if args.class_names:
         templates = train.templates_of(args)
-        for tokens in train.tokens_of(args.class_names, args, args.text_length):  # (classes, L)
-            texts = train.finite(model.encode_text(train.without_padding(tokens)))
-            features.append(F.normalize(texts, dim=-1).double().round(decimals=7).tolist())
+        features = train.encode_classes(args.class_names, args, model, args.text_length)
+        features = F.normalize(features, dim=-1).double().round(decimals=7).tolist()
     return {
         "classes": args.class_names,
         "templates": list(templates),

@@ -106,9 +106,9 @@ def changed(args, folder, **flags):
     return argparse.Namespace(**{**vars(args), **flags, "out": str(Path(args.out, folder))})
 
 
-def ablation(args, split, tests):
-    """Yield the jobs of the ablation."""
-    for row, folder, flags in ROWS:
+def jobs_of(rows, args, split, tests):
+    """Yield the jobs of rows, which are as ROWS, those of the ablation."""
+    for row, folder, flags in rows:
         yield row, changed(args, folder, **flags), split, tests
 
 
@@ -190,15 +190,15 @@ def jobs_on_data(args, runs):
     for name, part in {"training": split, **tests}.items():
         if not part.clips:
             raise ValueError(f"{args.data}: holds no clips for {name}")
-    rows = [(args.protocol, "", {})]  # as ROWS are
-    if args.protocol == "ablation":
-        rows = ROWS
-    if args.protocol == "few-shot":
-        rows = [(f"{count} shots", f"shots{count}", {"shots": count}) for count in args.shots]
     for flags in runs:
-        for row, folder, changes in rows:
-            part = changed(flags, folder, descriptions=texts, **changes)
-            yield row, part, shots(split, part.shots, part.seed), tests
+        for count in args.shots:
+            rows = [(args.protocol, "", {})]
+            if args.protocol == "ablation":
+                rows = ROWS
+            if args.protocol == "few-shot":
+                rows = [(f"{count} shots", f"shots{count}", {})]
+            part = changed(flags, "", shots=count, descriptions=texts)
+            yield from jobs_of(rows, part, shots(split, count, flags.seed), tests)
 
 
 def jobs_on_sets(args, runs):
@@ -276,7 +276,7 @@ def main(argv=None):
 
     runs = []
     for seed in args.seed:
-        flags = changed(args, f"seed{seed}", seed=seed, shots=args.shots[0])
+        flags = changed(args, f"seed{seed}", seed=seed)
         flags.checkpoint = args.checkpoint and args.checkpoint.replace("{}", str(seed))
         runs.append(flags)
     # a list: what is wrong with the last job is to show before the first is done
